@@ -1,0 +1,1581 @@
+"""The NanoGPT speedrun: train a GPT to a target validation loss in the least wall-clock time, in one file.
+
+    python train_gpt.py nano            bytes of PyTorch's own sources, any CPU, a minute or two
+    ./run.sh small                      FineWeb to 3.28 nats/token, 1 to 8 GPUs of one or more nodes
+
+The file reads in the order in which data flows: tracks -> hot operations -> optimizer -> model -> data -> run.
+A run has five kinds of state: weights, optimizer state, loader position, random generator, clock. All else (windows,
+learning rate, momentum, rotary frequencies, whether the embedding is tied, ...) is a pure function of (track, step):
+`Track.at(step)` returns it as `Settings`. The log starts with this file's text, so that it is a complete record.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import platform
+import secrets
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import tyro
+from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
+from tqdm import tqdm
+
+
+class SpeedrunError(Exception):
+    """Something the user can mend. The message says what was found, what was expected and what to do."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tracks: what is run. Every number below can be overridden from the command line (see --help).
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Layout of the network. Layers count from 0; entries that name a layer beyond num_layers are ignored."""
+
+    vocab_size: int
+    """Number of tokens; the embedding and the head are padded to a multiple of vocab_multiple."""
+    num_layers: int
+    num_heads: int
+    head_dim: int
+    """Width of one head, a multiple of 4. The model is num_heads * head_dim wide."""
+    without_attention: tuple[int, ...]
+    """Layers that have only an MLP."""
+    paired_layers: tuple[int, ...]
+    """Layers in which head h and head h + H/2 attend as one sequence of twice the length."""
+    long_layers: tuple[int, ...]
+    """Layers with the long attention window and the partial key offset; the others have the short window."""
+    value_embeds: tuple[tuple[int, int], ...]
+    """Pairs (layer, table): the layer adds that table's embedding of the token to its values."""
+    skips: tuple[tuple[int, int], ...]
+    """Pairs (from, to): the output of layer `from` is added, gated, to the input of layer `to`."""
+    backout_layer: int
+    """The output of this layer is subtracted, scaled, before the head."""
+    second_embed: bool = False
+    """Mix a second embedding of the token into every layer, beside x0."""
+    gate_dim: int = 12
+    """How many leading dims of the stream all gates read."""
+    mlp_ratio: int = 4
+    vocab_multiple: int = 128
+    resid_lambda: float = 1.1
+    """Initial weight of the residual stream at the entry of each layer."""
+
+    @property
+    def width(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def padded_vocab(self) -> int:
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """The layout, layer by layer, with the slot of each in the banks. Raises SpeedrunError where it is impossible."""
+        L = self.num_layers
+        if L < 1 or self.head_dim % 4 or (self.num_heads % 2 and any(i < L for i in self.paired_layers)):
+            raise SpeedrunError(
+                f"model: num_layers {L} must be positive, head_dim {self.head_dim} a multiple of 4, and num_heads "
+                f"{self.num_heads} even when there are paired layers."
+            )
+        if any(source >= target for source, target in self.skips):
+            raise SpeedrunError(f"model.skips {self.skips}: a skip must lead to a later layer.")
+        values = [(layer, table) for layer, table in self.value_embeds if layer < L]
+        skips = [(source, target) for source, target in self.skips if target < L]
+        with_attention = [i for i in range(L) if i not in self.without_attention]
+        return tuple(
+            Layer(
+                attention=with_attention.index(i) if i in with_attention else None,
+                paired=i in self.paired_layers,
+                long=i in self.long_layers,
+                value=next(((gate, table) for gate, (layer, table) in enumerate(values) if layer == i), None),
+                skips=tuple((gate, source) for gate, (source, target) in enumerate(skips) if target == i),
+                kept=i == self.backout_layer or any(source == i for source, _ in skips),
+            )
+            for i in range(L)
+        )
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer of the layout, as GPT reads it."""
+
+    attention: int | None  # slot in the attention bank
+    paired: bool
+    long: bool
+    value: tuple[int, int] | None  # (slot of its gate, value-embedding table)
+    skips: tuple[tuple[int, int], ...]  # (slot of the gate, layer whose output comes in)
+    kept: bool  # a later layer or the backout reads its output
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How one parameter is updated and communicated."""
+
+    kind: Literal["adam", "normuon"]
+    sharded: bool
+    """Sharded: reduce-scatter, update of the rank's part, all-gather. Else: all-reduce, full update on every rank."""
+    lr_mul: tuple[float, ...] = (1.0,)
+    """Multiplies the learning rate; in a bank several values repeat along its matrices (fc, proj, fc, proj, ...)."""
+    wd_mul: float = 1.0
+    betas: tuple[float, float] = (0.9, 0.99)
+    """Adam only."""
+    eps: float = 1e-10
+    """Adam only."""
+
+
+@dataclass(frozen=True)
+class Rules:
+    """The table of the optimizer: a rule per parameter."""
+
+    attn_bank: Rule = Rule("normuon", sharded=True)
+    mlp_bank: Rule = Rule("normuon", sharded=True, lr_mul=(1.0, 2.0))
+    resid_lambda: Rule = Rule("adam", sharded=False, lr_mul=(5.0,), wd_mul=0.0)
+    sa_lambda: Rule = Rule("adam", sharded=False, lr_mul=(5.0,), wd_mul=0.0)
+    x0_lambda: Rule = Rule("adam", sharded=False, lr_mul=(5.0,), wd_mul=0.0, betas=(0.65, 0.95))
+    x02_lambda: Rule = Rule("adam", sharded=False, lr_mul=(5.0,), wd_mul=0.0, betas=(0.65, 0.95))
+    smear_lambda: Rule = Rule("adam", sharded=False, lr_mul=(5.0,), wd_mul=0.0)
+    skip_lambda: Rule = Rule("adam", sharded=False, lr_mul=(5.0,), wd_mul=0.0)
+    backout_lambda: Rule = Rule("adam", sharded=False, lr_mul=(5.0,), wd_mul=0.0)
+    smear_gate: Rule = Rule("adam", sharded=False, lr_mul=(0.01,), wd_mul=0.0)
+    skip_gate: Rule = Rule("adam", sharded=False, lr_mul=(0.05,), wd_mul=0.0)
+    attn_gates: Rule = Rule("adam", sharded=False)
+    value_gates: Rule = Rule("adam", sharded=False)
+    value_embeds: Rule = Rule("adam", sharded=True, lr_mul=(75.0,), wd_mul=5.0, betas=(0.75, 0.95))
+    embed2: Rule = Rule("adam", sharded=True, lr_mul=(75.0,), wd_mul=5.0, betas=(0.75, 0.95))
+    head: Rule = Rule("adam", sharded=True, wd_mul=150.0, betas=(0.5, 0.95))
+    embed: Rule = Rule("adam", sharded=True, wd_mul=150.0, betas=(0.5, 0.95))
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    adam_lr: float = 0.008
+    adam_decay: float = 0.005
+    muon_lr: float = 0.023
+    muon_decay: float = 1.2
+    muon_beta2: float = 0.95
+    """Of the running mean square by which NorMuon divides the rows of an orthogonalized update."""
+    rules: Rules = field(default_factory=Rules)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Part of the schedule with one batch size, one pair of windows and one peak learning rate."""
+
+    tokens: int
+    """Tokens per step, over all ranks."""
+    windows: tuple[int, int]
+    """Short and long attention window, in tokens."""
+    lr: float
+    """Multiplies every learning rate."""
+    prediction_weights: tuple[tuple[float, float], ...]
+    """Weight of the prediction of token t+1, t+2, ...: its value at the start and at the end of the stage."""
+    max_doc_len: int = 2048
+    """Tokens taken from one document."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    scheduled_steps: int
+    extension_steps: int
+    """Steps after the scheduled ones, at the final learning rate."""
+    stages: tuple[Stage, ...]
+    """Equal parts of the scheduled steps."""
+    extension: Stage
+    final_long_window: int
+    """Long window of the final validation, in tokens; it changes neither frequencies nor scale."""
+    yarn_max_window: int = 1 << 30
+    """YaRN follows the growth of the long window only up to here."""
+    attn_scale: float = 0.1
+    """Scale of the attention scores in the first stage."""
+    cooldown: float = 0.5
+    """Last part of the scheduled steps, in which the learning rate falls linearly to final_lr."""
+    final_lr: float = 0.1
+    momentum: tuple[float, float] = (0.85, 0.95)
+    """Muon's momentum at both ends of the run, and between."""
+    momentum_steps: tuple[int, int] = (300, 50)
+    """Steps of its rise and of its fall."""
+    untie: float = 2 / 3
+    """After this part of the scheduled steps the embedding leaves the head and goes on alone."""
+    val_every: int = 250
+    """Steps between validations; 0: only at the end."""
+
+    @property
+    def total_steps(self) -> int:
+        return self.scheduled_steps + self.extension_steps
+
+    @property
+    def untie_step(self) -> int:
+        """Odd, because Adam steps on odd steps."""
+        return math.ceil(self.untie * self.scheduled_steps) | 1
+
+    def boundaries(self) -> list[int]:
+        """First step of each stage, and of the extension."""
+        return [self.scheduled_steps * i // len(self.stages) for i in range(len(self.stages) + 1)]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    dataset: str
+    """Folder of the shards below data/."""
+    fetch: str
+    """The command that makes or fetches them."""
+    bos: int
+    """Token that starts every document."""
+    rows_per_step: int
+    """Rows that the processes share; the number of processes must divide it."""
+    val_tokens: int
+    """The first so many tokens of the validation shards are predicted, all of them."""
+    val_row_tokens: int
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that depends on the step, and nothing else: a pure function of (track, step)."""
+
+    step: int
+    stage: Stage
+    windows: tuple[int, int]  # short and long, tokens
+    frequencies: tuple[float, ...]  # (D/4,) radians per position
+    attn_scale: float
+    lr: float  # multiplies the learning rates of both rules
+    momentum: float  # NorMuon's
+    prediction_weights: tuple[float, ...]
+    tied: bool  # the embedding mirrors the head
+    unties: bool  # at the end of this step the embedding takes over the head's optimizer state
+
+    @property
+    def adam_steps(self) -> bool:
+        """Adam steps on odd steps; the gradients of two steps add up."""
+        return self.step % 2 == 1
+
+
+@dataclass(frozen=True)
+class Track:
+    """One competition: model, data, schedule, optimizer and target."""
+
+    name: tyro.conf.Suppress[str]
+    target_loss: float
+    """Validation loss to reach, in nats per token."""
+    model: ModelConfig
+    data: DataConfig
+    schedule: Schedule
+    optimizer: OptimizerConfig
+
+    def at(self, step: int) -> Settings:
+        """The settings of a training step, 0 <= step < schedule.total_steps. Source: SPEC section 5, YaRN 2309.00071."""
+        s = self.schedule
+        boundaries = s.boundaries()
+        index = sum(step >= b for b in boundaries) - 1
+        stages = (*s.stages, s.extension)
+        stage, begin = stages[index], boundaries[index]
+        end = boundaries[index + 1] if index + 1 < len(boundaries) else s.total_steps
+        done = (step - begin) / max(end - begin, 1)
+
+        frequencies = base_frequencies(self.model.head_dim)
+        attn_scale = s.attn_scale
+        for before, after in zip(stages[:index], stages[1 : index + 1], strict=True):
+            a, b = (min(x.windows[1], s.yarn_max_window) for x in (before, after))
+            frequencies, attn_scale = yarn(frequencies, attn_scale, a, b)
+
+        cooled = 0.0
+        if s.cooldown > 0:
+            cooled = min(max((step - (1 - s.cooldown) * s.scheduled_steps) / (s.cooldown * s.scheduled_steps), 0), 1)
+        lr = stage.lr if stage is s.extension else stage.lr * (1 - cooled) + s.final_lr * cooled
+        rise, fall = s.momentum_steps
+        ramp = min(step / max(rise, 1), (s.total_steps - step) / max(fall, 1), 1.0)
+        return Settings(
+            step=step,
+            stage=stage,
+            windows=stage.windows,
+            frequencies=frequencies,
+            attn_scale=attn_scale,
+            lr=lr,
+            momentum=s.momentum[0] + (s.momentum[1] - s.momentum[0]) * ramp,
+            prediction_weights=tuple(w0 + (w1 - w0) * done for w0, w1 in stage.prediction_weights),
+            tied=step <= s.untie_step,
+            unties=step == s.untie_step,
+        )
+
+    def validation_at(self, step: int) -> Settings:
+        """Settings of the validation before training step `step`; the final one widens the long window."""
+        settings = self.at(min(step, self.schedule.total_steps - 1))
+        if step < self.schedule.total_steps:
+            return settings
+        return replace(settings, windows=(settings.windows[0], self.schedule.final_long_window))
+
+
+def base_frequencies(head_dim: int) -> tuple[float, ...]:
+    """D/4 rotary frequencies, (1/1024)^linspace(0, 1), in radians per position."""
+    count = head_dim // 4
+    return tuple((1 / 1024) ** (j / max(count - 1, 1)) for j in range(count))
+
+
+def yarn(frequencies: tuple[float, ...], attn_scale: float, a: int, b: int) -> tuple[tuple[float, ...], float]:
+    """Frequencies and softmax scale after the long window grew from a to b tokens (YaRN, arXiv:2309.00071).
+
+    Frequencies that turn more than 32 times inside the old window stay; those below one turn are stretched by b/a.
+    """
+    if b <= a:
+        return frequencies, attn_scale
+    stretched = []
+    for f in frequencies:
+        rotations = a * f / (2 * math.pi)
+        keep = min(max((rotations - 1) / 31, 0.0), 1.0)
+        stretched.append(f * (a / b + keep * (1 - a / b)))
+    return tuple(stretched), attn_scale * (1 + 0.2 * math.log(b / a))
+
+
+SMALL = Track(
+    name="small",
+    target_loss=3.28,
+    model=ModelConfig(
+        vocab_size=50257,
+        num_layers=11,
+        num_heads=6,
+        head_dim=128,
+        without_attention=(6,),
+        paired_layers=(0, 2, 5, 9),
+        long_layers=(3, 10),
+        value_embeds=((0, 1), (1, 2), (8, 0), (9, 1), (10, 2)),
+        skips=((3, 6),),
+        backout_layer=7,
+    ),
+    data=DataConfig(
+        dataset="fineweb10B",
+        fetch="python data/cached_fineweb10B.py",
+        bos=50256,
+        rows_per_step=8,
+        val_tokens=10_485_760,
+        val_row_tokens=262_144,
+    ),
+    schedule=Schedule(
+        scheduled_steps=1725,
+        extension_steps=40,
+        stages=(
+            Stage(8 * 16384, (1 * 128, 3 * 128), 1.0, ((1.0, 1.0), (0.5, 0.5), (0.25, 0.0))),
+            Stage(16 * 16384, (3 * 128, 7 * 128), 1.52, ((1.0, 1.0), (0.5, 0.0))),
+            Stage(24 * 16384, (5 * 128, 11 * 128), 1.73, ((1.0, 1.0),)),
+        ),
+        extension=Stage(24 * 16384, (6 * 128, 13 * 128), 0.1, ((1.0, 1.0),)),
+        final_long_window=20 * 128,
+    ),
+    optimizer=OptimizerConfig(),
+)
+
+NANO = Track(
+    name="nano",
+    target_loss=1.22,
+    model=ModelConfig(
+        vocab_size=257,
+        num_layers=5,
+        num_heads=4,
+        head_dim=32,
+        without_attention=(3,),
+        paired_layers=(0, 2),
+        long_layers=(1, 4),
+        value_embeds=((0, 0), (1, 1), (4, 1)),
+        skips=((1, 3),),
+        backout_layer=3,
+        vocab_multiple=16,
+    ),
+    data=DataConfig(
+        dataset="nano",
+        fetch="python data/nano.py",
+        bos=256,
+        rows_per_step=1,
+        val_tokens=524_288,
+        val_row_tokens=65_536,
+    ),
+    schedule=Schedule(
+        scheduled_steps=400,
+        extension_steps=10,
+        stages=(
+            Stage(2048, (64, 192), 1.0, ((1.0, 1.0), (0.5, 0.5), (0.25, 0.0))),
+            Stage(4096, (96, 320), 1.3, ((1.0, 1.0), (0.5, 0.0))),
+            Stage(6144, (128, 384), 1.5, ((1.0, 1.0),)),
+        ),
+        extension=Stage(6144, (128, 512), 0.1, ((1.0, 1.0),)),
+        final_long_window=768,
+        momentum_steps=(100, 20),
+        val_every=0,
+    ),
+    optimizer=OptimizerConfig(),
+)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Hot operations: each is one small function in plain PyTorch, which a fused kernel can replace.
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def norm(x: Tensor) -> Tensor:
+    """RMSNorm over the last dimension, no learned weight, epsilon of the dtype."""
+    return F.rms_norm(x, (x.size(-1),))
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Half-truncated rotary embedding: turns the dim pairs (2j, 2j+1) of the first D/2 dims, leaves the rest.
+
+    x (T, heads, D); cos, sin (T, 1, D/4).
+    """
+    even, odd, stationary = x[..., 0 : x.size(-1) // 2 : 2], x[..., 1 : x.size(-1) // 2 : 2], x[..., x.size(-1) // 2 :]
+    turned = torch.stack((even * cos + odd * sin, odd * cos - even * sin), dim=-1)
+    return torch.cat((turned.flatten(-2), stationary), dim=-1)
+
+
+def attention(
+    q: Tensor,  # (T, heads, D)
+    k: Tensor,  # (T, heads, D)
+    v: Tensor,  # (T, heads, D)
+    cu_seqlens: Tensor,  # int32, starts of the documents, padded with T
+    max_seqlen: int,  # longest document
+    scale: float,
+    window: int,
+) -> Tensor:  # (T, heads, D)
+    """Causal attention inside documents, at most `window` tokens back.
+
+    On CUDA torch's varlen_attn: its own FlashAttention-2, or version 3 or 4 where one was activated.
+    """
+    if q.is_cuda:
+        return varlen_attn(
+            q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scale, window_size=(window, 0)
+        )
+    return block_local_attention(q, k, v, cu_seqlens, scale, window)
+
+
+def block_local_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, window: int) -> Tensor:
+    """Attention of the CPU: each block of queries sees its own block of keys and those that the window reaches.
+
+    Costs O(T * (window + block)) time and memory. Arguments as for `attention`.
+    """
+    T = q.size(0)
+    block = min(128, T)
+    num_blocks = -(-T // block)
+    back = min(-(-window // block), num_blocks - 1)  # blocks before its own that a query block can see
+    padded = num_blocks * block
+
+    def neighbourhoods(x: Tensor, fill: int = 0) -> Tensor:
+        """(T, ...) -> (num_blocks, (back + 1) * block, ...): every block with the `back` blocks before it."""
+        pad = (0, 0) * (x.dim() - 1)
+        blocks = F.pad(x, (*pad, back * block, padded - T), value=fill).unflatten(0, (-1, block))
+        return torch.cat([blocks[i : i + num_blocks] for i in range(back + 1)], dim=1)
+
+    position = torch.arange(T, device=q.device)
+    document = torch.searchsorted(cu_seqlens, position.to(cu_seqlens.dtype), right=True)
+    key_position, key_document = neighbourhoods(position, -1)[:, None], neighbourhoods(document, -1)[:, None]
+    query_position = F.pad(position, (0, padded - T), value=-1).view(num_blocks, block, 1)
+    query_document = F.pad(document, (0, padded - T), value=-1).view(num_blocks, block, 1)
+    distance = query_position - key_position
+    mask = (distance >= 0) & (distance <= window) & (query_document == key_document)  # (num_blocks, block, keys)
+
+    queries = F.pad(q, (0, 0, 0, 0, 0, padded - T)).unflatten(0, (num_blocks, block))
+    out = F.scaled_dot_product_attention(
+        queries.transpose(1, 2),
+        neighbourhoods(k).transpose(1, 2),
+        neighbourhoods(v).transpose(1, 2),
+        attn_mask=mask[:, None],
+        scale=scale,
+    )  # (num_blocks, heads, block, D)
+    return out.transpose(1, 2).flatten(0, 1)[:T]
+
+
+def relu_squared_mlp(h: Tensor, fc: Tensor, proj: Tensor) -> Tensor:
+    """relu(h fc^T)^2 proj (ReLU^2, arXiv:2109.08668). h (T, d); fc, proj (4d, d)."""
+    return F.relu(F.linear(h, fc)).square() @ proj
+
+
+def softcapped(logits: Tensor) -> Tensor:
+    """The asymmetric soft-cap, 23 sigmoid((z + 5) / 7.5), in at least float32."""
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return 23 * torch.sigmoid((logits + 5) / 7.5)
+
+
+def multi_token_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum over t and k of weights[k] * CE(softcap(logits[t]), targets[k, t]), and the same of k = 0 with weight 1.
+
+    logits (T, V); targets (K, T) int64, negative where there is none; weights (K,). Both results are 0-dim.
+    """
+    z = softcapped(logits)
+    picked = z.gather(1, targets.clamp_min(0).T)  # (T, K)
+    losses = (torch.logsumexp(z, dim=1, keepdim=True) - picked) * (targets >= 0).T
+    per_offset = losses.sum(0)
+    return per_offset @ weights, per_offset[0].detach()
+
+
+def symmetric_product(X: Tensor) -> Tensor:
+    """X X^T of each matrix. X (n, r, c) -> (n, r, r)."""
+    return X @ X.mT
+
+
+def quadratic(A: Tensor, b: float, c: float) -> Tensor:
+    """bA + cA^2 of each symmetric matrix. A (n, r, r)."""
+    return torch.baddbmm(A, A, A, beta=b, alpha=c)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Optimizer: NorMuon for the banks, Adam for the rest, sharded over the ranks.
+# ----------------------------------------------------------------------------------------------------------------------
+
+# Minimax-optimal quintics of Polar Express (arXiv:2505.16932) for five rounds in bfloat16.
+POLAR_EXPRESS = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+
+
+def polar_express(G: Tensor) -> Tensor:
+    """Nearest semi-orthogonal matrix U V^T of each matrix of G (n, r, c), approximately; in the dtype of G."""
+    X = G.mT if G.size(-2) > G.size(-1) else G  # the Gram matrix on the shorter side
+    X = X / (X.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)
+    for a, b, c in POLAR_EXPRESS:
+        X = torch.baddbmm(X, quadratic(symmetric_product(X), b, c), X, beta=a)
+    return X.mT if G.size(-2) > G.size(-1) else X
+
+
+def normalize_rows(update: Tensor, mean_square: Tensor, beta2: float) -> Tensor:
+    """NorMuon (arXiv:2510.05491): even out the neurons of an update (n, r, c), keeping each matrix's Frobenius norm.
+
+    mean_square, (n, r, 1) or (n, 1, c), is the running mean square of the rows (columns where r < c), updated in place.
+    """
+    dim = -1 if mean_square.size(-1) == 1 else -2
+    mean_square.lerp_(update.square().mean(dim, keepdim=True), 1 - beta2)
+    scaled = update * mean_square.clamp_min(1e-10).rsqrt()
+    before, after = (x.norm(dim=(-2, -1), keepdim=True) for x in (update, scaled))
+    return scaled * (before / after.clamp_min(1e-10))
+
+
+def join_halves(high: Tensor, low: Tensor) -> Tensor:
+    """The float32 master whose upper 16 bits are the bfloat16 `high` and whose lower 16 bits are the int16 `low`."""
+    return ((high.view(torch.int16).int() << 16) | (low.int() & 0xFFFF)).view(torch.float32)
+
+
+def split_halves(master: Tensor, high: Tensor, low: Tensor) -> None:
+    """Store a float32 master as bfloat16 `high` (truncated) and int16 `low`; `join_halves` restores it bit for bit."""
+    bits = master.view(torch.int32)
+    high.view(torch.int16).copy_(bits >> 16)
+    low.copy_(bits)  # keeps the low 16 bits
+
+
+class Optimizer:
+    """NorMuon and Adam in one object, by the track's table of rules.
+
+    Sharded parameters: rank r of W owns the r-th of W equal pieces of the parameter's memory, and the optimizer state
+    of that piece alone. A step reduces all gradients asynchronously (SUM; the loss is already divided by the rows),
+    then updates and gathers parameter by parameter, in the order of `self.order`, while the others are under way.
+    """
+
+    def __init__(self, params: dict[str, nn.Parameter], config: OptimizerConfig, runtime: Runtime):
+        self.params, self.config, self.runtime = params, config, runtime
+        rules = {name: getattr(config.rules, name) for name in params}
+        self.rules: dict[str, Rule] = rules
+        # Small replicated parameters first (nothing waits for them), then the largest, whose gathers take longest.
+        self.order = sorted(params, key=lambda name: (rules[name].sharded, -params[name].numel()))
+        self.state: dict[str, dict[str, Tensor]] = {}
+        for name, p in params.items():
+            piece = self._piece(name, p)
+            wide = torch.promote_types(p.dtype, torch.float32)
+            zeros = lambda *shape, dtype=wide, p=p: torch.zeros(shape, dtype=dtype, device=p.device)
+            if rules[name].kind == "normuon":
+                n, r, c = piece.shape
+                self.state[name] = {
+                    "momentum": zeros(n, r, c),
+                    "mean_square": zeros(n, r, 1) if r >= c else zeros(n, 1, c),
+                }
+            else:
+                self.state[name] = {"exp_avg": zeros(*piece.shape), "exp_avg_sq": zeros(*piece.shape)}
+            if p.dtype == torch.bfloat16:
+                self.state[name]["low"] = zeros(*piece.shape, dtype=torch.int16)
+
+    def _piece(self, name: str, tensor: Tensor) -> Tensor:
+        """The part of a parameter-shaped tensor that this rank updates, as a view: whole matrices, or flat memory."""
+        world, rank = (self.runtime.world_size, self.runtime.rank) if self.rules[name].sharded else (1, 0)
+        if self.rules[name].kind == "normuon":
+            return tensor.unflatten(0, (world, -1))[rank]
+        return tensor.view(world, -1)[rank]
+
+    @torch.no_grad()
+    def step(self, settings: Settings) -> None:
+        """Apply the gradients in `.grad` and clear them; Adam's parameters wait for odd steps and accumulate."""
+        p = self.params
+        due = [n for n in self.order if self.rules[n].kind == "normuon" or settings.adam_steps]
+        if settings.tied and settings.adam_steps:
+            p["head"].grad += p["embed"].grad.T
+            p["embed"].grad = None
+            due.remove("embed")
+        reduces = {name: self._reduce(name) for name in due}
+        gathers = []
+        for name in due:
+            grad, work = reduces.pop(name)
+            if work is not None:
+                work.wait()
+            piece, state = self._piece(name, p[name].data), self.state[name]
+            low = state.get("low")
+            master = piece if low is None else join_halves(piece, low)
+            update = self._normuon if self.rules[name].kind == "normuon" else self._adam
+            update(name, master, grad, settings)
+            if low is not None:
+                split_halves(master, piece, low)
+            p[name].grad = None
+            if self.rules[name].sharded and self.runtime.world_size > 1:
+                gathers.append(
+                    dist.all_gather_into_tensor(p[name].data.view(-1), piece.flatten().clone(), async_op=True)
+                )
+        for work in gathers:
+            work.wait()
+        if settings.tied and settings.adam_steps:
+            p["embed"].data.copy_(p["head"].data.T)
+        if settings.unties:
+            self._hand_over_head_state()
+
+    def _reduce(self, name: str) -> tuple[Tensor, dist.Work | None]:
+        """Start the sum of a gradient over the ranks; returns this rank's piece of it, complete after the wait."""
+        grad = self.params[name].grad
+        if self.runtime.world_size == 1:
+            return self._piece(name, grad), None
+        if not self.rules[name].sharded:
+            return self._piece(name, grad), dist.all_reduce(grad, async_op=True)
+        piece = torch.empty_like(self._piece(name, grad))
+        return piece, dist.reduce_scatter_tensor(piece.view(-1), grad.view(-1), async_op=True)
+
+    def _normuon(self, name: str, master: Tensor, grad: Tensor, settings: Settings) -> None:
+        """Nesterov momentum -> orthogonalize -> even out rows -> cautious decay and step. All tensors (n, r, c)."""
+        state, rule, c = self.state[name], self.rules[name], self.config
+        lr = c.muon_lr * settings.lr
+        grad = grad.to(master.dtype)
+        state["momentum"].lerp_(grad, 1 - settings.momentum)
+        update = grad.lerp(state["momentum"], settings.momentum)
+        update = polar_express(update.to(self.params[name].dtype)).to(master.dtype)
+        update = normalize_rows(update, state["mean_square"], c.muon_beta2)
+        n, rows, cols = master.shape
+        first = self.runtime.rank * n if rule.sharded else 0
+        lr_mul = [rule.lr_mul[(first + i) % len(rule.lr_mul)] for i in range(n)]
+        step = self._per_matrix(lr_mul, master) * (lr * math.sqrt(max(1, rows / cols)))
+        # Cautious decay (arXiv:2510.12402): only where the step shrinks the weight anyway.
+        decay = master * (update * master >= 0) * (lr * c.muon_decay * rule.wd_mul)
+        master.sub_((update + decay) * step)
+
+    def _per_matrix(self, values: list[float], like: Tensor) -> Tensor | float:
+        """One factor per matrix of a bank, (n, 1, 1); a plain number where all are the same."""
+        if len(set(values)) == 1:
+            return values[0]
+        return self.runtime.to_device(torch.tensor(values, dtype=like.dtype)).view(-1, 1, 1)
+
+    def _adam(self, name: str, master: Tensor, grad: Tensor, settings: Settings) -> None:
+        """Bias-corrected Adam with cautious decay. All tensors are flat."""
+        state, rule = self.state[name], self.rules[name]
+        beta1, beta2 = rule.betas
+        lr = self.config.adam_lr * settings.lr * rule.lr_mul[0]
+        grad = grad.to(master.dtype)
+        state["exp_avg"].lerp_(grad, 1 - beta1)
+        state["exp_avg_sq"].lerp_(grad.square(), 1 - beta2)
+        count = (settings.step + 1) // 2  # Adam steps so far, this one included
+        step = lr * math.sqrt(1 - beta2**count) / (1 - beta1**count)
+        update = state["exp_avg"] / state["exp_avg_sq"].sqrt().add_(rule.eps) * step
+        decay = master * (update * master > 0) * (lr**2 * self.config.adam_decay * rule.wd_mul)
+        master.sub_(update + decay)
+
+    def _hand_over_head_state(self) -> None:
+        """Give the embedding (V, d) the optimizer state of the head (d, V), transposed and cut anew over the ranks."""
+        shape, world = self.params["head"].shape, self.runtime.world_size
+        for key, piece in self.state["head"].items():
+            whole = piece
+            if world > 1:
+                whole = torch.empty(piece.numel() * world, dtype=piece.dtype, device=piece.device)
+                dist.all_gather_into_tensor(whole, piece)
+            self.state["embed"][key].copy_(self._piece("embed", whole.view(shape).T.contiguous()))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Model
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    """One packed row of T tokens, the unit of every forward pass."""
+
+    inputs: Tensor  # (T,) int32
+    targets: Tensor  # (T,) int64, the token after each input
+    cu_seqlens: Tensor  # int32, starts of the documents in the row, padded with T
+    max_seqlen: int  # no document is longer
+
+
+class GPT(nn.Module):
+    """The network of SPEC section 3. All matrices live in banks, which the optimizer shards and updates in place."""
+
+    def __init__(self, config: ModelConfig, runtime: Runtime, seed: int = 0):
+        """Initialize on the CPU from `seed` alone, so that every device and every number of ranks starts the same."""
+        super().__init__()
+        self.config = config
+        self.layers = config.layers
+        d, V, L, H = config.width, config.padded_vocab, config.num_layers, config.num_heads
+        hidden, gate = config.mlp_ratio * d, config.gate_dim
+        if gate > d:
+            raise SpeedrunError(f"model.gate_dim {gate} is larger than the width {d} (num_heads * head_dim).")
+        num_attention = sum(layer.attention is not None for layer in self.layers)
+        num_values = sum(layer.value is not None for layer in self.layers)
+        num_skips = sum(len(layer.skips) for layer in self.layers)
+        num_tables = max((layer.value[1] + 1 for layer in self.layers if layer.value), default=0)
+        generator = torch.Generator().manual_seed(seed)
+        padded = lambda n: -(-n // runtime.world_size) * runtime.world_size  # the optimizer cuts a bank into W pieces
+
+        attn_bank = torch.zeros(padded(4 * num_attention), d, d)  # Wq, Wk, Wv, Wo of each layer with attention
+        mlp_bank = torch.zeros(padded(2 * L), hidden, d)  # fc, proj of each layer
+        uniform = lambda std, *shape: (torch.rand(shape, generator=generator) * 2 - 1) * (std * math.sqrt(3))
+        for i in range(num_attention):
+            attn_bank[4 * i : 4 * i + 3] = uniform(d**-0.5, 3, d, d)
+        for i in range(L):
+            mlp_bank[2 * i] = uniform(0.5 * d**-0.5, hidden, d)
+        head = torch.randn(d, V, generator=generator) * 0.005
+        weights = {
+            "embed": head.T.contiguous(),
+            "head": head,
+            "attn_bank": attn_bank,
+            "mlp_bank": mlp_bank,
+            "value_embeds": torch.zeros(num_tables, V, d),
+            "attn_gates": torch.zeros(num_attention, H, gate),
+            "value_gates": torch.zeros(num_values, H, gate),
+            "smear_gate": torch.zeros(gate),
+            "skip_gate": torch.zeros(num_skips, gate),
+        }
+        scalars = {
+            "resid_lambda": torch.full((L,), config.resid_lambda),
+            "sa_lambda": torch.tensor([0.5, 1.0]).repeat(L, 1),  # of qkv and of the output
+            "x0_lambda": torch.zeros(L),
+            "smear_lambda": torch.zeros(()),
+            "skip_lambda": torch.full((num_skips,), -1.5),
+            "backout_lambda": torch.full((), 0.5),
+        }
+        if config.second_embed:
+            weights["embed2"] = torch.zeros(V, d)
+            scalars["x02_lambda"] = torch.zeros(L)
+        for name, value in weights.items():
+            if value.numel():  # a layout without, say, skips has no parameters for them
+                self.register_parameter(name, nn.Parameter(value.to(runtime.device, runtime.dtype)))
+        for name, value in scalars.items():
+            if value.numel():
+                wide = torch.promote_types(runtime.dtype, torch.float32)
+                self.register_parameter(name, nn.Parameter(value.to(runtime.device, wide)))
+        self._row_loss = (
+            torch.compile(self._row_loss, dynamic=False, fullgraph=True) if runtime.compile else self._row_loss
+        )
+
+    def forward(self, row: Row, settings: Settings, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Training loss of a row summed over its tokens, and the plain next-token loss summed likewise (detached).
+
+        weights (K,): of the predictions of token t+1 ... t+K.
+        """
+        return self._row_loss(
+            row.inputs,
+            row.targets,
+            row.cu_seqlens,
+            row.max_seqlen,
+            settings.windows,
+            settings.frequencies,
+            settings.attn_scale,
+            weights,
+        )
+
+    def _row_loss(self, inputs, targets, cu_seqlens, max_seqlen, windows, frequencies, attn_scale, weights):
+        x = self.hidden(inputs, cu_seqlens, max_seqlen, windows, frequencies, attn_scale)
+        ahead = torch.stack([F.pad(targets[k:], (0, k), value=-1) for k in range(weights.numel())])  # (K, T)
+        # Without gradients (validation) the logits of a long row need not exist all at once.
+        chunk = x.size(0) if torch.is_grad_enabled() else 16384
+        total = nll = 0
+        for xs, ts in zip(x.split(chunk), ahead.split(chunk, dim=1), strict=True):
+            parts = multi_token_cross_entropy(xs @ self.head, ts, weights)
+            total, nll = total + parts[0], nll + parts[1]
+        return total, nll
+
+    def hidden(
+        self,
+        tokens: Tensor,  # (T,) int32
+        cu_seqlens: Tensor,  # int32
+        max_seqlen: int,
+        windows: tuple[int, int],
+        frequencies: tuple[float, ...],
+        attn_scale: float,
+    ) -> Tensor:  # (T, d)
+        """The normed stream from which the head predicts."""
+        c, T, g = self.config, tokens.size(0), self.config.gate_dim
+        tables = rotary_tables(frequencies, 2 * T, tokens.device, self.embed.dtype)
+        # The banks are taken apart once: indexing them layer by layer would make each backward write a whole bank.
+        num_attention = sum(layer.attention is not None for layer in self.layers)
+        attn_bank = self.attn_bank[: 4 * num_attention].split((3, 1) * num_attention) if num_attention else ()
+        mlp_bank = self.mlp_bank.unbind()
+        value_embeds = self.value_embeds.unbind() if hasattr(self, "value_embeds") else ()
+        resid_lambda, x0_lambda = self.resid_lambda.unbind(), self.x0_lambda.unbind()
+
+        e = F.embedding(tokens, self.embed)
+        smear = self.smear_lambda * torch.sigmoid(e[1:, :g] @ self.smear_gate)
+        e = torch.cat((e[:1], e[1:] + smear[:, None] * e[:-1]))
+        x = x0 = norm(e)
+        x02 = norm(F.embedding(tokens, self.embed2)) if c.second_embed else None
+        outputs: dict[int, Tensor] = {}
+        for i, layer in enumerate(self.layers):
+            for slot, source in layer.skips:
+                gate = torch.sigmoid(self.skip_lambda[slot]) * 2 * torch.sigmoid(x0[:, :g] @ self.skip_gate[slot])
+                x = x + gate[:, None] * outputs[source]
+            x = resid_lambda[i] * x + x0_lambda[i] * x0
+            if x02 is not None:
+                x = x + self.x02_lambda[i] * x02
+            if layer.attention is not None:
+                w_qkv, w_o = attn_bank[2 * layer.attention : 2 * layer.attention + 2]
+                sa_qkv, sa_o = self.sa_lambda[i].unbind()
+                h = norm(x)
+                qkv = F.linear(h, sa_qkv * w_qkv.flatten(0, 1)).view(T, 3, c.num_heads, c.head_dim)
+                if layer.value is not None:
+                    slot, table = layer.value
+                    gate = 2 * torch.sigmoid(F.linear(h[:, :g], self.value_gates[slot]))  # (T, H)
+                    ve = gate[..., None] * F.embedding(tokens, value_embeds[table]).view(T, c.num_heads, c.head_dim)
+                else:
+                    ve = None
+                y = self.attend(layer, qkv, ve, cu_seqlens, max_seqlen, windows, tables, attn_scale)
+                y = y * torch.sigmoid(F.linear(h[:, :g], self.attn_gates[layer.attention]))[..., None]
+                x = x + F.linear(y.flatten(1), sa_o * w_o[0])
+            x = x + relu_squared_mlp(norm(x), mlp_bank[2 * i], mlp_bank[2 * i + 1])
+            if layer.kept:
+                outputs[i] = x
+        if c.backout_layer in outputs:
+            x = x - self.backout_lambda * outputs[c.backout_layer]
+        return norm(x)
+
+    def attend(
+        self,
+        layer: Layer,
+        qkv: Tensor,  # (T, 3, H, D)
+        ve: Tensor | None,  # (T, H, D) added to the values
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        windows: tuple[int, int],
+        tables: tuple[Tensor, Tensor],  # cos and sin for 2T positions
+        attn_scale: float,
+    ) -> Tensor:  # (T, H, D)
+        """QK-norm, key offset, paired heads, rotary embedding, attention."""
+        T, _, H, D = qkv.shape
+        (q, k), v = norm(qkv[:, :2]).unbind(1), qkv[:, 2]
+        if ve is not None:
+            v = v + ve
+        if layer.long:  # partial key offset: the stationary dims of a key come from the token before
+            k = torch.cat((k[..., : D // 2], torch.cat((k[:1, :, D // 2 :], k[:-1, :, D // 2 :]))), dim=-1)
+        cos, sin = tables
+        if layer.paired:  # (T, H, D) -> (2T, H/2, D): head h at position 2t, head h + H/2 at 2t + 1
+            q, k, v = (x.reshape(2 * T, H // 2, D) for x in (q, k, v))
+            cu_seqlens, max_seqlen = 2 * cu_seqlens, 2 * max_seqlen
+        else:
+            cos, sin = cos[:T], sin[:T]
+        window = windows[1] if layer.long else windows[0]
+        y = attention(rotate(q, cos, sin), rotate(k, cos, sin), v, cu_seqlens, max_seqlen, attn_scale, window)
+        return y.reshape(T, H, D)
+
+    @torch.no_grad()
+    def logits(self, row: Row, settings: Settings) -> Tensor:
+        """Logits (T, V) of a row after the soft-cap, at least float32."""
+        s = settings
+        x = self.hidden(row.inputs, row.cu_seqlens, row.max_seqlen, s.windows, s.frequencies, s.attn_scale)
+        return softcapped(x @ self.head)
+
+
+def rotary_tables(
+    frequencies: tuple[float, ...], positions: int, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """cos and sin, each (positions, 1, D/4). Angles are float64: float32 is 0.03 rad off at position 500,000."""
+    angles = torch.arange(positions, device=device, dtype=torch.float64)[:, None, None] * torch.tensor(
+        frequencies, device=device, dtype=torch.float64
+    )
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data: shard files -> rows
+# ----------------------------------------------------------------------------------------------------------------------
+
+SHARD_MAGIC, SHARD_VERSION, HEADER_INTS = 20240520, 1, 256
+
+
+def read_shard_header(path: Path) -> int:
+    """Number of tokens of a shard file. Raises SpeedrunError where the file is not a whole shard."""
+    try:
+        size = path.stat().st_size
+        header = np.fromfile(path, dtype="<i4", count=HEADER_INTS)
+    except OSError as error:
+        raise SpeedrunError(f"{path}: cannot be read ({error.strerror}).") from error
+    mend = "Delete it and fetch it again."
+    if len(header) < HEADER_INTS or header[0] != SHARD_MAGIC:
+        found = header[0] if len(header) else "an empty file"
+        raise SpeedrunError(f"{path}: not a token shard (first integer {found}, expected {SHARD_MAGIC}). {mend}")
+    if header[1] != SHARD_VERSION:
+        raise SpeedrunError(f"{path}: shard version {header[1]}, expected {SHARD_VERSION}. {mend}")
+    count, expected = int(header[2]), 4 * HEADER_INTS + 2 * int(header[2])
+    if count < 0 or size != expected:
+        raise SpeedrunError(f"{path}: {size} bytes, but its header says {count} tokens = {expected} bytes. {mend}")
+    return count
+
+
+class Shard:
+    """One shard file, read, checked and indexed by a background thread, chunk by chunk.
+
+    `tokens` (count,) uint16 is valid up to where the scan has come. `bounds` holds the positions of all BOS tokens
+    found so far and, once the scan is through, the end of the last document: document i is bounds[i] : bounds[i + 1].
+    """
+
+    CHUNK = 1 << 20  # tokens: small enough to stay in cache between reading and searching
+
+    def __init__(self, path: Path, vocab_size: int, bos: int):
+        self.path, self.vocab_size, self.bos = path, vocab_size, bos
+        self.tokens = np.empty(read_shard_header(path), dtype="<u2")
+        self.bounds = np.empty(0, dtype=np.int64)
+        self.scanned = False
+        self._error: Exception | None = None
+        self._progress = threading.Condition()
+        threading.Thread(target=self._scan, name=f"scan {path.name}", daemon=True).start()
+
+    def _scan(self) -> None:
+        try:
+            with open(self.path, "rb", buffering=0) as file:
+                file.seek(4 * HEADER_INTS)
+                for begin in range(0, len(self.tokens), self.CHUNK):
+                    chunk = self.tokens[begin : begin + self.CHUNK]
+                    read = file.readinto(chunk.view(np.uint8))
+                    if read != chunk.nbytes:
+                        raise SpeedrunError(f"{self.path}: ended while it was read; was it overwritten?")
+                    if (largest := int(chunk.max())) >= self.vocab_size:
+                        raise SpeedrunError(
+                            f"{self.path}: token {largest} at or after position {begin}, but the vocabulary has "
+                            f"{self.vocab_size} tokens. The shard is damaged or made for another track."
+                        )
+                    self._publish(np.flatnonzero(chunk == self.bos) + begin)
+            self._publish(np.array([len(self.tokens)]), scanned=True)
+        except Exception as error:  # told to whoever waits for the data
+            with self._progress:
+                self._error = error
+                self._progress.notify_all()
+
+    def _publish(self, bounds: np.ndarray, scanned: bool = False) -> None:
+        with self._progress:
+            self.bounds = np.concatenate((self.bounds, bounds))
+            self.scanned = scanned
+            self._progress.notify_all()
+
+    def wait(self, num_bounds: int | None = None) -> np.ndarray:
+        """The bounds found so far, at least `num_bounds` of them unless the shard has fewer (None: all)."""
+        enough = lambda: self._error or self.scanned or (num_bounds is not None and len(self.bounds) >= num_bounds)
+        with self._progress:
+            self._progress.wait_for(enough)
+            if self._error:
+                raise self._error
+            return self.bounds
+
+    def take_row(self, document: int, need: int, max_doc_len: int) -> tuple[list[slice], int] | None:
+        """Pieces of the documents from `document` on that fill a row of `need` tokens, and the first document after it.
+
+        None where the shard ends before the row is full.
+        """
+        span = 8 + need // 256
+        while True:
+            bounds = self.wait(document + span + 1)
+            lengths = np.minimum(np.diff(bounds[document : document + span + 1]), max_doc_len)
+            total = np.cumsum(lengths)
+            last = int(np.searchsorted(total, need))
+            if last < len(total):
+                break
+            if len(lengths) < span:
+                return None
+            span *= 4
+        starts = bounds[document : document + last + 1]
+        stops = starts + lengths[: last + 1]
+        stops[-1] -= total[last] - need
+        return [slice(a, b) for a, b in zip(starts.tolist(), stops.tolist(), strict=True)], document + last + 1
+
+
+@dataclass(frozen=True)
+class LoaderPosition:
+    """Where the next training row begins: the loader's only state."""
+
+    shard: int = 0
+    document: int = 0
+
+
+class Loader:
+    """Training rows of this rank, step by step: SPEC section 2. The next step's rows are made in the background.
+
+    The rows of a step are the same for every number of ranks; rank r of W takes the r-th of W equal runs of them.
+    """
+
+    def __init__(self, track: Track, data_dir: Path, runtime: Runtime):
+        self.track, self.runtime = track, runtime
+        self.paths = find_shards(data_dir, "train", track.data)
+        if track.data.rows_per_step % runtime.world_size:
+            raise SpeedrunError(
+                f"{runtime.world_size} processes cannot share the {track.data.rows_per_step} rows of a step evenly: "
+                f"use a number of processes that divides it (NPROC=...), or change --data.rows-per-step."
+            )
+        self.position = LoaderPosition()
+        self._shards: dict[int, Shard] = {}
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="loader")
+        self._prefetched: tuple[int, LoaderPosition, Future] | None = None
+
+    def next(self, step: int) -> list[Row]:
+        """This rank's rows of a step, on the device. Raises SpeedrunError where the shards run out or are damaged."""
+        key = (step, self.position)
+        if self._prefetched is not None and self._prefetched[:2] == key:
+            future = self._prefetched[2]
+        else:
+            future = self._worker.submit(self._make, *key)
+        rows, self.position = future.result()
+        self._prefetched = None
+        if step + 1 < self.track.schedule.total_steps:
+            ahead = (step + 1, self.position)
+            self._prefetched = (*ahead, self._worker.submit(self._make, *ahead))
+        return [
+            Row(*(self.runtime.to_device(t) for t in (row.inputs, row.targets, row.cu_seqlens)), row.max_seqlen)
+            for row in rows
+        ]
+
+    def _shard(self, index: int) -> Shard:
+        """The shard and, already under way, the one after it; all others are let go."""
+        if index >= len(self.paths):
+            raise SpeedrunError(
+                f"the {len(self.paths)} training shards in {self.paths[0].parent} have run out. No data is ever "
+                f"repeated: fetch more shards (`{self.track.data.fetch}`) or train fewer steps."
+            )
+        for i in range(index, min(index + 2, len(self.paths))):
+            if i not in self._shards:
+                self._shards[i] = Shard(self.paths[i], self.track.model.vocab_size, self.track.data.bos)
+        self._shards = {i: shard for i, shard in self._shards.items() if i in (index, index + 1)}
+        return self._shards[index]
+
+    def _make(self, step: int, position: LoaderPosition) -> tuple[list[Row], LoaderPosition]:
+        """The rank's rows of a step that begins at `position` (in pinned memory), and the position after it."""
+        stage, rows_per_step = self.track.at(step).stage, self.track.data.rows_per_step
+        n = stage.tokens // rows_per_step
+        shard_index, document = position.shard, position.document
+        while True:
+            shard = self._shard(shard_index)
+            rows, after = [], document
+            while len(rows) < rows_per_step and (taken := shard.take_row(after, n + 1, stage.max_doc_len)):
+                pieces, after = taken
+                rows.append(pieces)
+            if len(rows) == rows_per_step:
+                break
+            shard_index, document = shard_index + 1, 0  # the remainder of this shard cannot fill the step: drop it
+        mine = rows_per_step // self.runtime.world_size
+        rows = rows[self.runtime.rank * mine : (self.runtime.rank + 1) * mine]
+        made = [self._row(shard, pieces, n, stage.max_doc_len) for pieces in rows]
+        return made, LoaderPosition(shard_index, after)
+
+    def _row(self, shard: Shard, pieces: list[slice], n: int, max_doc_len: int) -> Row:
+        starts = np.cumsum([0] + [piece.stop - piece.start for piece in pieces[:-1]])
+        tokens = np.concatenate([shard.tokens[piece] for piece in pieces])
+        return make_row(tokens, starts, min(max_doc_len, n), pin=self.runtime.device.type == "cuda")
+
+
+def find_shards(data_dir: Path, split: Literal["train", "val"], data: DataConfig) -> list[Path]:
+    """The shards `*_train_*.bin` or `*_val_*.bin` of a folder, in order. Raises SpeedrunError where there is none."""
+    paths = sorted(data_dir.glob(f"*_{split}_*.bin"))
+    if not paths:
+        raise SpeedrunError(
+            f"no shard *_{split}_*.bin in {data_dir}. Make them with `{data.fetch}`, or see --data-dir."
+        )
+    return paths
+
+
+def make_row(tokens: np.ndarray, starts: np.ndarray, max_seqlen: int, pin: bool) -> Row:
+    """A row of n tokens from n + 1 of them and the positions at which its documents start."""
+    n = len(tokens) - 1
+    capacity = (
+        128 + n // 128
+    )  # static shapes: rows with more documents than that (none in FineWeb) just cost a recompile
+    while capacity <= len(starts):
+        capacity *= 2
+    cu_seqlens = np.full(capacity, n, dtype=np.int32)
+    cu_seqlens[: len(starts)] = starts
+    wide = torch.from_numpy(tokens.astype(np.int64))
+    tensors = (wide[:-1].int(), wide[1:], torch.from_numpy(cu_seqlens))
+    return Row(*((t.pin_memory() for t in tensors) if pin else tensors), max_seqlen)
+
+
+def validation_rows(track: Track, data_dir: Path, runtime: Runtime):
+    """Yield this rank's rows of the validation stream: every W-th row of the first val_tokens tokens, contiguous."""
+    data = track.data
+    paths = find_shards(data_dir, "val", data)
+    shards, total = [], 0
+    for path in paths:
+        if total <= data.val_tokens:
+            shards.append(Shard(path, track.model.vocab_size, data.bos))
+            total += len(shards[-1].tokens)
+    if total <= data.val_tokens:
+        raise SpeedrunError(
+            f"the validation shards in {data_dir} hold {total} tokens, but the loss is taken over {data.val_tokens} "
+            f"tokens and the one after them. Make or fetch them again: `{data.fetch}`."
+        )
+    for shard in shards:
+        shard.wait()
+    tokens = shards[0].tokens if len(shards) == 1 else np.concatenate([shard.tokens for shard in shards])
+    n = data.val_row_tokens
+    for begin in range(runtime.rank * n, data.val_tokens, runtime.world_size * n):
+        row = tokens[begin : min(begin + n, data.val_tokens) + 1]
+        starts = np.union1d(0, np.flatnonzero(row[:-1] == data.bos))
+        made = make_row(row, starts, len(row) - 1, pin=False)
+        yield Row(*(runtime.to_device(t) for t in (made.inputs, made.targets, made.cu_seqlens)), made.max_seqlen)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Run
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Options:
+    """What belongs to one run, and not to the track."""
+
+    seed: int = 0
+    """Of the initial weights."""
+    max_steps: int | None = None
+    """Stop after so many steps; the log is marked as that of an incomplete run."""
+    data_dir: Path | None = None
+    """Folder of the shards. Default: data/<dataset> beside this file."""
+    log_dir: Path = Path("logs")
+    """Folder of the logs."""
+    val_every: int | None = None
+    """Steps between validations, 0: only at the end. Default: that of the track."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "bfloat16", "float32", "float64"] = "auto"
+    """Of weights and activations. auto: bfloat16 on CUDA and on CPUs that multiply it in hardware, else float32."""
+    compile: bool | None = None
+    """Compile the model with torch.compile. Default: on CUDA."""
+    warmup: bool = True
+    """Run the shapes of all stages once before the clock starts, then restore everything."""
+    sample_tokens: int = 200
+    """Length of the text sample at the end; 0: none."""
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where a run happens: device, place among the processes, precision."""
+
+    device: torch.device
+    rank: int = 0
+    world_size: int = 1
+    dtype: torch.dtype = torch.float32
+    compile: bool = False
+    attention: str = "block-local"
+
+    @staticmethod
+    def create(options: Options) -> Runtime:
+        """Join the processes that torchrun started, if any, and choose device and precision."""
+        if options.device == "cuda" and not torch.cuda.is_available():
+            raise SpeedrunError(
+                "--device cuda, but PyTorch finds no CUDA device. Check `nvidia-smi` and that this PyTorch is a CUDA "
+                f"build (it is {torch.__version__}), or use --device cpu."
+            )
+        cuda = options.device == "cuda" or (options.device == "auto" and torch.cuda.is_available())
+        rank, world_size, local_rank = (
+            int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+        )
+        if cuda and local_rank >= torch.cuda.device_count():
+            raise SpeedrunError(
+                f"process {local_rank} of this node has no GPU of its own: {torch.cuda.device_count()} found. "
+                "Start one process per GPU (NPROC=...)."
+            )
+        device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+        if cuda:
+            torch.cuda.set_device(device)
+        if world_size > 1:
+            dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+        fast_bfloat16 = cuda or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        name = ("bfloat16" if fast_bfloat16 else "float32") if options.dtype == "auto" else options.dtype
+        return Runtime(
+            device=device,
+            rank=rank,
+            world_size=world_size,
+            dtype=getattr(torch, name),
+            compile=cuda if options.compile is None else options.compile,
+            attention=activate_flash_attention() if cuda else "block-local",
+        )
+
+    def to_device(self, tensor: Tensor) -> Tensor:
+        """Copy to the device without waiting (from pinned memory where the tensor is in it)."""
+        return tensor.to(self.device, non_blocking=True)
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Sum of a tensor over the ranks, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(value)
+        return value
+
+    def describe(self) -> str:
+        """The head of the log: versions, hardware, backends."""
+        lines = [
+            f"Running Python {sys.version}",
+            f"Running PyTorch {torch.__version__} compiled for CUDA {torch.version.cuda}, numpy {np.__version__}",
+            f"Platform: {platform.platform()}",
+            f"Device: {self.device.type} x {self.world_size}, dtype {str(self.dtype).removeprefix('torch.')}, "
+            f"compile {self.compile}, attention {self.attention}, head matmul {str(self.dtype).removeprefix('torch.')}",
+        ]
+        if self.device.type == "cuda":
+            try:
+                lines.append(subprocess.run(["nvidia-smi"], capture_output=True, text=True, timeout=30).stdout)
+            except (OSError, subprocess.TimeoutExpired) as error:
+                lines.append(f"nvidia-smi: {error}")
+        else:
+            lines.append(
+                f"CPU: {cpu_name()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+            )
+        return "\n".join(lines)
+
+
+def activate_flash_attention() -> str:
+    """Let varlen_attn run FlashAttention-3 or -4 where one is installed and the GPU can; returns which one runs."""
+    from torch.nn.attention import activate_flash_attention_impl
+
+    major = torch.cuda.get_device_capability()[0]
+    for version, majors in (("FA3", (9,)), ("FA4", (9, 10))):
+        if major in majors:
+            try:
+                activate_flash_attention_impl(version)
+                return version
+            except (ImportError, RuntimeError, ValueError):
+                continue  # not installed
+    return "FA2 of torch"
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+class Clock:
+    """Training time: runs only between start() and stop(), both of which wait for the device."""
+
+    def __init__(self, runtime: Runtime):
+        self.runtime, self.elapsed, self._began = runtime, 0.0, None
+
+    def start(self) -> None:
+        self.runtime.synchronize()
+        if self.runtime.world_size > 1:
+            dist.barrier()
+        self._began = time.perf_counter()
+
+    def stop(self) -> None:
+        self.runtime.synchronize()
+        self.elapsed, self._began = self.read(), None
+
+    def read(self) -> float:
+        """Seconds so far, without waiting for the device."""
+        return self.elapsed + (time.perf_counter() - self._began if self._began is not None else 0.0)
+
+
+class RunLog:
+    """logs/<run_id>.txt, written by rank 0 alone: source, environment and settings, then one line per event."""
+
+    def __init__(self, track: Track, options: Options, runtime: Runtime):
+        self.file, self.total_steps = None, track.schedule.total_steps
+        self.run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{track.name}-{secrets.token_hex(3)}"
+        self.path = options.log_dir / f"{self.run_id}.txt"
+        if runtime.rank != 0:
+            return
+        try:
+            options.log_dir.mkdir(parents=True, exist_ok=True)
+            self.file = open(self.path, "x", encoding="utf-8", buffering=1)  # noqa: SIM115 - open for the whole run
+        except OSError as error:
+            raise SpeedrunError(f"{self.path}: cannot write the log ({error.strerror}); see --log-dir.") from error
+        if os.environ.get("TRAIN_GPT_LOG_PATH_FILE"):
+            Path(os.environ["TRAIN_GPT_LOG_PATH_FILE"]).write_text(str(self.path))
+        self.write(Path(__file__).read_text(encoding="utf-8"))
+        self.write("=" * 100)
+        self.write(runtime.describe())
+        self.write("\n".join(f"{key}: {value}" for key, value in (flatten(track) | flatten(options)).items()))
+        self.write("=" * 100)
+
+    def write(self, line: str) -> None:
+        if self.file is not None:
+            self.file.write(line + "\n")
+
+    def step(self, step: int, seconds: float, **losses: float) -> str:
+        """Write `step:S/N [val_loss:X] train_time:Tms step_avg:Ams` and return it."""
+        values = "".join(f"{key}:{value:.4f} " for key, value in losses.items())
+        average = 1000 * seconds / max(step, 1)
+        line = f"step:{step}/{self.total_steps} {values}train_time:{1000 * seconds:.0f}ms step_avg:{average:.2f}ms"
+        self.write(line)
+        return line
+
+
+def flatten(value: object, prefix: str = "") -> dict[str, object]:
+    """Fields of nested dataclasses (and tuples of them) as {"schedule.stages.0.tokens": ...}."""
+    if dataclasses.is_dataclass(value):
+        items = [(f.name, getattr(value, f.name)) for f in dataclasses.fields(value)]
+    elif isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
+        items = [(str(i), item) for i, item in enumerate(value)]
+    else:
+        return {prefix: value}
+    return {k: v for name, item in items for k, v in flatten(item, f"{prefix}.{name}" if prefix else name).items()}
+
+
+class Trainer:
+    """The state of a run (weights, optimizer state, loader position, RNG; the clock is the loop's) and its two moves."""
+
+    def __init__(self, track: Track, runtime: Runtime, data_dir: Path, seed: int):
+        self.track, self.runtime, self.data_dir = track, runtime, data_dir
+        torch.manual_seed(seed)
+        self.model = GPT(track.model, runtime, seed)
+        self.params = dict(self.model.named_parameters())
+        self.optimizer = Optimizer(self.params, track.optimizer, runtime)
+        self.loader = Loader(track, data_dir, runtime)
+
+    def train_step(self, step: int) -> Tensor:
+        """One step. Returns this rank's part of the mean next-token loss, 0-dim on the device: sum it over the ranks."""
+        settings, num_rows = self.track.at(step), self.track.data.rows_per_step
+        weights = self._weights(settings.prediction_weights)
+        total = torch.zeros((), device=self.runtime.device)
+        for row in self.loader.next(step):
+            loss, nll = self.model(row, settings, weights)
+            (loss / num_rows).backward()
+            total += nll / settings.stage.tokens
+        self.optimizer.step(settings)
+        return total
+
+    @torch.no_grad()
+    def validate(self, settings: Settings, max_rows: int | None = None) -> float:
+        """Mean next-token cross-entropy over the validation stream, in nats per token, the same on every rank."""
+        total = torch.zeros((), dtype=torch.float64, device=self.runtime.device)
+        weights = self._weights((1.0,))
+        for i, row in enumerate(validation_rows(self.track, self.data_dir, self.runtime)):
+            if i == max_rows:
+                break
+            total += self.model(row, settings, weights)[1]
+        return self.runtime.sum(total).item() / self.track.data.val_tokens
+
+    def _weights(self, values: tuple[float, ...]) -> Tensor:
+        wide = torch.promote_types(self.runtime.dtype, torch.float32)
+        weights = torch.tensor(values, dtype=wide)
+        return self.runtime.to_device(weights.pin_memory() if self.runtime.device.type == "cuda" else weights)
+
+    def state(self) -> dict[str, object]:
+        """A copy of everything that training changes."""
+        return {
+            "weights": {name: p.detach().clone() for name, p in self.params.items()},
+            "optimizer": {n: {k: t.clone() for k, t in s.items()} for n, s in self.optimizer.state.items()},
+            "loader": self.loader.position,
+            "rng": torch.get_rng_state(),
+        }
+
+    @torch.no_grad()
+    def load_state(self, state: dict) -> None:
+        """Put a copy made by `state` back, in place."""
+        for name, p in self.params.items():
+            p.copy_(state["weights"][name])
+            p.grad = None
+            for key, tensor in self.optimizer.state[name].items():
+                tensor.copy_(state["optimizer"][name][key])
+        self.loader.position = state["loader"]
+        torch.set_rng_state(state["rng"])
+
+    def warm_up(self, stop: int) -> None:
+        """Compile and run every shape of the first `stop` steps once, then restore everything."""
+        state, schedule = self.state(), self.track.schedule
+        starts = [b for b in schedule.boundaries() if b < stop]
+        for start in starts:
+            for step in range(start, min(start + 2, stop)):  # an even and an odd step: Adam steps on odd ones
+                self.train_step(step)
+            if self.runtime.compile and schedule.val_every:
+                self.validate(self.track.validation_at(start), max_rows=1)
+        if self.runtime.compile:
+            self.validate(self.track.validation_at(stop), max_rows=1)
+        self.load_state(state)
+
+    def sample(self, settings: Settings, num_tokens: int, seed: int, context: int = 256) -> list[int]:
+        """Continue an empty document by `num_tokens` tokens drawn from the model, which sees the last `context`."""
+        generator = torch.Generator().manual_seed(seed)
+        tokens = [self.track.data.bos]
+        for _ in range(num_tokens):
+            recent = np.array(tokens[-context:] + [0] * (context + 1 - len(tokens)), dtype=np.int64)
+            row = make_row(np.append(recent[:context], 0), np.array([0]), context, pin=False)
+            row = Row(*(self.runtime.to_device(t) for t in (row.inputs, row.targets, row.cu_seqlens)), context)
+            logits = self.model.logits(row, settings)[min(len(tokens), context) - 1, : self.track.model.vocab_size]
+            tokens.append(int(torch.multinomial(logits.double().softmax(-1).cpu(), 1, generator=generator)))
+        return tokens[1:]
+
+
+def decode(tokens: list[int], vocab_size: int) -> str | None:
+    """Text of tokens: bytes for a byte vocabulary, else GPT-2's where tiktoken and its vocabulary are at hand."""
+    if vocab_size == 257:
+        return bytes(t for t in tokens if t < 256).decode("utf-8", errors="replace")
+    try:
+        import tiktoken
+
+        return tiktoken.get_encoding("gpt2").decode(tokens)
+    except Exception:  # not installed, or no network to fetch the vocabulary: a sample is a courtesy
+        return None
+
+
+def train(track: Track, options: Options, runtime: Runtime) -> float:
+    """The run: warm up, train, validate, log. Returns the final validation loss."""
+    data_dir = options.data_dir or Path(__file__).resolve().parent / "data" / track.data.dataset
+    total_steps = track.schedule.total_steps
+    stop = total_steps if options.max_steps is None else min(options.max_steps, total_steps)
+    check(track, data_dir, stop)
+    trainer = Trainer(track, runtime, data_dir, options.seed)
+    log = RunLog(track, options, runtime)
+    say = tqdm.write if runtime.rank == 0 else lambda line: None
+    say(
+        f"{track.name}: {sum(p.numel() for p in trainer.params.values()):,} parameters on {runtime.world_size} x "
+        f"{runtime.device.type}, {runtime.dtype}, attention {runtime.attention}. log: {log.path}"
+    )
+    if options.warmup:
+        say("warming up (not timed)")
+        trainer.warm_up(stop)
+
+    clock, tokens_seen, losses = Clock(runtime), 0, []
+    bar = tqdm(total=stop, unit="step", disable=None if runtime.rank == 0 else True)
+    clock.start()
+    for step in range(stop + 1):
+        if step == stop or (track.schedule.val_every and step % track.schedule.val_every == 0):
+            clock.stop()
+            val_loss = trainer.validate(track.validation_at(step))
+            say(log.step(step, clock.elapsed, val_loss=val_loss))
+            if step == stop:
+                break
+            clock.start()
+        losses.append(trainer.train_step(step))
+        tokens_seen += track.at(step).stage.tokens
+        seconds = clock.read()
+        log.step(step + 1, seconds)
+        bar.update()
+        if len(losses) == LOSS_EVERY or step + 1 == stop:
+            train_loss = runtime.sum(torch.stack(losses).mean()).item()
+            losses.clear()
+            if not math.isfinite(train_loss):
+                message = f"the training loss is {train_loss} at or before step {step + 1}: training stops."
+                log.write(message)
+                raise SpeedrunError(f"{message} Lower the learning rates, or compare with --dtype float32.")
+            log.step(step + 1, seconds, train_loss=train_loss)
+            bar.set_postfix_str(f"loss {train_loss:.4f}, {tokens_seen / clock.read():,.0f} tokens/s")
+    bar.close()
+    finish(trainer, log, options, clock.elapsed, val_loss, stop, say)
+    return val_loss
+
+
+LOSS_EVERY = 10  # steps between reads of the training loss: each makes the host wait for the device
+
+
+def check(track: Track, data_dir: Path, stop: int) -> None:
+    """Refuse at once what cannot work: raises SpeedrunError for shapes that do not fit or too little training data."""
+    rows = track.data.rows_per_step
+    for stage in (*track.schedule.stages, track.schedule.extension):
+        if stage.tokens % rows:
+            raise SpeedrunError(f"a step of {stage.tokens} tokens cannot be cut into {rows} equal rows.")
+    need = sum(track.at(step).stage.tokens + rows for step in range(stop))
+    paths = find_shards(data_dir, "train", track.data)
+    have = sum(read_shard_header(path) for path in paths)
+    if have < need:
+        raise SpeedrunError(
+            f"too few tokens: the {len(paths)} training shards in {data_dir} hold {have:,}, but {stop} steps take at "
+            f"least {need:,}. Fetch more (`{track.data.fetch}`) or train fewer steps."
+        )
+
+
+def finish(trainer: Trainer, log: RunLog, options: Options, seconds: float, val_loss: float, stop: int, say) -> None:
+    """The end of the log and the verdict on the terminal."""
+    track, runtime = trainer.track, trainer.runtime
+    if stop < track.schedule.total_steps:
+        log.write(f"incomplete run: stopped after {stop} of {track.schedule.total_steps} steps by --max-steps")
+    if runtime.device.type == "cuda":
+        allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    else:
+        allocated = reserved = peak_rss()
+    mib = 1024 * 1024
+    log.write(f"peak memory allocated: {allocated // mib} MiB reserved: {reserved // mib} MiB")
+    if runtime.rank == 0 and options.sample_tokens:
+        sample = trainer.sample(track.validation_at(stop), options.sample_tokens, options.seed)
+        if (text := decode(sample, track.model.vocab_size)) is not None:
+            say(f"sample:\n{text}\n")
+    verdict = "reached" if val_loss <= track.target_loss else "missed"
+    partly = (
+        "" if stop == track.schedule.total_steps else f" (incomplete: {stop} of {track.schedule.total_steps} steps)"
+    )
+    say(f"{verdict} {track.target_loss} in {seconds:.1f} s: validation loss {val_loss:.4f}{partly}\nlog: {log.path}")
+
+
+def peak_rss() -> int:
+    """Largest memory of this process so far, in bytes; 0 where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def parse_command(argv: list[str]) -> tuple[Track, Options]:
+    """`[nano|small] [--option value ...]`: the track, with its overridden numbers, and the options of the run."""
+    tracks = {track.name: track for track in (NANO, SMALL)}
+    name, rest = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("nano", argv)
+    if name not in tracks:
+        raise SpeedrunError(f"unknown track '{name}'; there are: {', '.join(tracks)}.")
+
+    @dataclass(frozen=True)
+    class Command:
+        options: Annotated[Options, tyro.conf.arg(name="")]
+        track: Annotated[Track, tyro.conf.arg(name="")]
+
+    description = f"Track {name} (of {', '.join(tracks)}; name it first). Every number of it can be overridden."
+    command = tyro.cli(
+        Command,
+        args=rest,
+        default=Command(Options(), tracks[name]),
+        prog=f"train_gpt.py {name}",
+        description=description,
+    )
+    track, options = command.track, command.options
+    if options.val_every is not None:
+        track = replace(track, schedule=replace(track.schedule, val_every=options.val_every))
+    return track, options
+
+
+def main() -> None:
+    """Run from the command line; errors of the user end with one message and exit code 1."""
+    try:
+        track, options = parse_command(sys.argv[1:])
+        runtime = Runtime.create(options)
+        train(track, options, runtime)
+    except SpeedrunError as error:
+        # All ranks meet the same mistakes (files, settings, reduced losses): one of them speaks.
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            if os.environ.get("TRAIN_GPT_ERROR_FILE"):
+                Path(os.environ["TRAIN_GPT_ERROR_FILE"]).write_text(f"error: {error}\n")
+        sys.exit(1)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
