@@ -430,13 +430,11 @@ def norm(x: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Half-truncated rotary embedding: turns the dim pairs (2j, 2j+1) of the first D/2 dims, leaves the rest.
+    """Rotary embedding of adjacent dim pairs: x_2j <- x_2j cos + x_2j+1 sin, x_2j+1 <- x_2j+1 cos - x_2j sin.
 
-    x (T, heads, D); cos, sin (T, 1, D/4).
+    x (..., D); cos and sin (with its signs, see `rotary_tables`) broadcast against it.
     """
-    even, odd, stationary = x[..., 0 : x.size(-1) // 2 : 2], x[..., 1 : x.size(-1) // 2 : 2], x[..., x.size(-1) // 2 :]
-    turned = torch.stack((even * cos + odd * sin, odd * cos - even * sin), dim=-1)
-    return torch.cat((turned.flatten(-2), stationary), dim=-1)
+    return x * cos + x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2) * sin
 
 
 def attention(
@@ -465,7 +463,7 @@ def block_local_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, s
     Costs O(T * (window + block)) time and memory. Arguments as for `attention`.
     """
     T = q.size(0)
-    block = min(128, T)
+    block = min(64, T)
     num_blocks = -(-T // block)
     back = min(-(-window // block), num_blocks - 1)  # blocks before its own that a query block can see
     padded = num_blocks * block
@@ -870,22 +868,18 @@ class GPT(nn.Module):
         tables: tuple[Tensor, Tensor],  # cos and sin for 2T positions
         attn_scale: float,
     ) -> Tensor:  # (T, H, D)
-        """QK-norm, key offset, paired heads, rotary embedding, attention."""
+        """QK-norm, rotary embedding, key offset, paired heads, attention."""
         T, _, H, D = qkv.shape
-        (q, k), v = norm(qkv[:, :2]).unbind(1), qkv[:, 2]
-        if ve is not None:
-            v = v + ve
+        # Paired heads: (T, H, D) is read as 2T positions of H/2 heads, head h at 2t and head h + H/2 at 2t + 1.
+        G = 2 if layer.paired else 1
+        cos, sin = (table[: G * T].view(T, 1, G, 1, D) for table in tables)
+        q, k = rotate(norm(qkv[:, :2]).view(T, 2, G, H // G, D), cos, sin).unbind(1)
+        v = qkv[:, 2] if ve is None else qkv[:, 2] + ve
         if layer.long:  # partial key offset: the stationary dims of a key come from the token before
-            k = torch.cat((k[..., : D // 2], torch.cat((k[:1, :, D // 2 :], k[:-1, :, D // 2 :]))), dim=-1)
-        cos, sin = tables
-        if layer.paired:  # (T, H, D) -> (2T, H/2, D): head h at position 2t, head h + H/2 at 2t + 1
-            q, k, v = (x.reshape(2 * T, H // 2, D) for x in (q, k, v))
-            cu_seqlens, max_seqlen = 2 * cu_seqlens, 2 * max_seqlen
-        else:
-            cos, sin = cos[:T], sin[:T]
+            k = torch.cat((k[..., : D // 2], torch.cat((k[:1, ..., D // 2 :], k[:-1, ..., D // 2 :]))), dim=-1)
+        q, k, v = (x.reshape(G * T, H // G, D) for x in (q, k, v))
         window = windows[1] if layer.long else windows[0]
-        y = attention(rotate(q, cos, sin), rotate(k, cos, sin), v, cu_seqlens, max_seqlen, attn_scale, window)
-        return y.reshape(T, H, D)
+        return attention(q, k, v, G * cu_seqlens, G * max_seqlen, attn_scale, window).reshape(T, H, D)
 
     @torch.no_grad()
     def logits(self, row: Row, settings: Settings) -> Tensor:
@@ -898,11 +892,14 @@ class GPT(nn.Module):
 def rotary_tables(
     frequencies: tuple[float, ...], positions: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin, each (positions, 1, D/4). Angles are float64: float32 is 0.03 rad off at position 500,000."""
-    angles = torch.arange(positions, device=device, dtype=torch.float64)[:, None, None] * torch.tensor(
-        frequencies, device=device, dtype=torch.float64
-    )
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    """cos and signed sin for `rotate`, each (positions, D): D/4 frequencies turn the first half, the rest stands still.
+
+    Angles are float64: in float32 they are 0.03 rad off at position 500,000.
+    """
+    turns = torch.tensor(frequencies, device=device, dtype=torch.float64).repeat_interleave(2)
+    angles = torch.arange(positions, device=device, dtype=torch.float64)[:, None] * F.pad(turns, (0, turns.numel()))
+    sign = torch.tensor([1.0, -1.0], device=device, dtype=torch.float64).repeat(turns.numel())
+    return angles.cos().to(dtype), (angles.sin() * sign).to(dtype)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1161,8 +1158,8 @@ class Options:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "bfloat16", "float32", "float64"] = "auto"
     """Of weights and activations. auto: bfloat16 on CUDA and on CPUs that multiply it in hardware, else float32."""
-    compile: bool | None = None
-    """Compile the model with torch.compile. Default: on CUDA."""
+    compile: bool = field(default_factory=torch.cuda.is_available)
+    """Compile the model with torch.compile. Default: where there is CUDA."""
     warmup: bool = True
     """Run the shapes of all stages once before the clock starts, then restore everything."""
     sample_tokens: int = 200
@@ -1209,7 +1206,7 @@ class Runtime:
             rank=rank,
             world_size=world_size,
             dtype=getattr(torch, name),
-            compile=cuda if options.compile is None else options.compile,
+            compile=options.compile,
             attention=activate_flash_attention() if cuda else "block-local",
         )
 

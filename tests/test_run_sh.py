@@ -1,0 +1,384 @@
+"""run.sh as a user starts it, in a copy of the repository whose Python scripts are stubs that note their arguments."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="run.sh needs a POSIX shell")
+
+# Stands in for the interpreter: notes its arguments, then runs the script, for torchrun once and without torch.
+PYTHON = """#!{python} -S
+import json, os, sys
+names = ("OMP_NUM_THREADS", "TRAIN_GPT_LOG_PATH_FILE", "TRAIN_GPT_ERROR_FILE")
+with open(os.environ["CALLS"], "a") as calls:
+    calls.write(json.dumps([sys.argv[1:], {{name: os.environ.get(name) for name in names}}, os.getcwd()]) + "\\n")
+arguments = sys.argv[1:]
+if arguments[:2] == ["-m", "torch.distributed.run"]:
+    print("a page of torchrun", file=sys.stderr, flush=True)
+    arguments = arguments[[a.endswith(".py") for a in arguments].index(True):]
+os.execv({python!r}, [{python!r}, "-S", *arguments])
+"""
+
+TRAIN_GPT = """
+import os, signal, sys, time
+if os.environ.get("LOG"):
+    open(os.environ["TRAIN_GPT_LOG_PATH_FILE"], "w").write(os.environ["LOG"])
+if os.environ.get("ERROR"):
+    open(os.environ["TRAIN_GPT_ERROR_FILE"], "w").write(os.environ["ERROR"] + "\\n")
+if os.environ.get("SLEEP"):
+    try:
+        print("training", flush=True)
+        time.sleep(float(os.environ["SLEEP"]))
+    finally:
+        time.sleep(0.3)
+        print("cleaned up", flush=True)
+print("trained", flush=True)
+sys.exit(int(os.environ.get("CODE", 0)))
+"""
+
+DATA = """
+import os, sys
+sys.exit(int(os.environ.get("DATA_CODE", 0)))
+"""
+
+PLOT = """
+import os, sys
+print(f"plot: {sys.argv[1][:-4]}.png")
+sys.exit(int(os.environ.get("PLOT_CODE", 0)))
+"""
+
+
+def default_signals() -> None:
+    """In the child: under nohup or as a background job the tests inherit ignored signals, which bash could not trap."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
+class Call:
+    """One start of the interpreter."""
+
+    def __init__(self, argv: list[str], env: dict[str, str | None], cwd: str):
+        self.argv, self.env, self.cwd = argv, env, cwd
+        self.script_at = next(i for i, argument in enumerate(argv) if argument.endswith(".py"))
+        self.launcher, self.arguments = argv[: self.script_at], argv[self.script_at + 1 :]
+        self.script = Path(argv[self.script_at]).name
+
+    @property
+    def processes(self) -> int:
+        return int(self.launcher[self.launcher.index("--nproc-per-node") + 1]) if self.launcher else 1
+
+
+class FakeRepo:
+    """A copy of run.sh among stubs, in a folder with a space in its name; a machine with `gpus` GPUs."""
+
+    def __init__(self, root: Path):
+        self.root, self.calls_file, self.cwd = root / "my repo", root / "calls", root / "elsewhere"
+        self.tmp = root / "tmp files"
+        (self.root / "data").mkdir(parents=True)
+        (self.root / "records").mkdir()
+        (root / "bin").mkdir()
+        self.cwd.mkdir()
+        self.tmp.mkdir()
+        shutil.copy(REPO / "run.sh", self.root)
+        (self.root / "train_gpt.py").write_text(TRAIN_GPT)
+        (self.root / "data/nano.py").write_text(DATA)
+        (self.root / "data/cached_fineweb10B.py").write_text(DATA)
+        (self.root / "records/plot.py").write_text(PLOT)
+        self.write_program(root / "bin/python3", PYTHON.format(python=sys.executable))
+        self.env = {k: v for k, v in os.environ.items() if k not in ("PYTHON", "NPROC", "NNODES", "OMP_NUM_THREADS")}
+        self.env.pop("CUDA_VISIBLE_DEVICES", None)
+        self.env |= {"PATH": f"{root / 'bin'}:{os.environ['PATH']}", "CALLS": str(self.calls_file)}
+        self.env["TMPDIR"] = str(self.tmp)
+        self.set_gpus(0)
+
+    def write_program(self, path: Path, text: str) -> None:
+        path.write_text(text)
+        path.chmod(0o755)
+
+    def set_gpus(self, count: int) -> None:
+        lines = "".join(f"echo 'GPU {i}: NVIDIA H100 80GB HBM3 (UUID: GPU-{i}a)'\n" for i in range(count))
+        broken = "echo 'NVIDIA-SMI has failed because it could not communicate with the NVIDIA driver.'; exit 9\n"
+        self.write_program(self.calls_file.parent / "bin/nvidia-smi", "#!/bin/sh\n" + (lines or broken))
+
+    def start(self, *arguments: str, **env: str) -> subprocess.Popen:
+        command = ["bash", str(self.root / "run.sh"), *arguments]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": self.cwd}
+        return subprocess.Popen(command, env=self.env | env, preexec_fn=default_signals, **pipes)
+
+    def run(self, *arguments: str, code: int = 0, **env: str) -> tuple[str, str]:
+        """Standard output and error of `run.sh arguments`, which must end with this exit code."""
+        self.calls_file.unlink(missing_ok=True)
+        process = self.start(*arguments, **env)
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == code, out + err
+        assert self.leftovers == []
+        return out, err
+
+    @property
+    def leftovers(self) -> list[Path]:
+        """Temporary files of run.sh (torchrun leaves an empty folder of its own)."""
+        return list(self.tmp.glob("train_gpt*"))
+
+    @property
+    def calls(self) -> list[Call]:
+        return [Call(*json.loads(line)) for line in self.calls_file.read_text().splitlines()]
+
+    @property
+    def train(self) -> Call:
+        (call,) = [call for call in self.calls if call.script == "train_gpt.py"]
+        return call
+
+    @property
+    def scripts(self) -> list[str]:
+        return [call.script for call in self.calls]
+
+
+@pytest.fixture
+def repo(tmp_path: Path) -> FakeRepo:
+    return FakeRepo(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "track", "processes"),
+    [(0, "nano", 1), *[(n, "small", w) for n, w in {1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 7: 4, 8: 8, 10: 8}.items()]],
+)
+def test_track_and_processes_follow_the_gpus(repo: FakeRepo, gpus: int, track: str, processes: int):
+    """Catches a wrong default track and process counts that do not divide the 8 rows."""
+    repo.set_gpus(gpus)
+    _, err = repo.run()
+    assert repo.train.processes == processes
+    assert repo.train.arguments == [track]
+    assert bool(repo.train.launcher) == (processes > 1), "one process needs no torchrun"
+    assert ("--standalone" in repo.train.launcher) == (processes > 1)
+    assert (f"{gpus} GPUs found, using {processes}" in err) == (gpus not in (0, 1, 2, 4, 8))
+
+
+@pytest.mark.parametrize(
+    ("visible", "processes"),
+    [("", None), ("-1", None), ("2", 1), ("0,1", 2), ("0, 1,2,3", 4), ("0,-1,1", 1), ("0,9", 1), ("GPU-0a,GPU-1a", 2)],
+)
+def test_cuda_visible_devices_is_honoured(repo: FakeRepo, visible: str, processes: int | None):
+    repo.set_gpus(8)
+    _, err = repo.run(CUDA_VISIBLE_DEVICES=visible)
+    assert (repo.train.arguments, repo.train.processes) == ((["small"], processes) if processes else (["nano"], 1))
+    assert "integer expression" not in err
+
+
+def test_nproc_overrides(repo: FakeRepo):
+    repo.set_gpus(8)
+    repo.run("small", NPROC="2")
+    assert repo.train.processes == 2
+    repo.run("small", NPROC="1")
+    assert repo.train.launcher == []
+    repo.set_gpus(0)
+    repo.run("nano", NPROC="4")
+    assert repo.train.processes == 4
+    for wrong in ("0", "two", "-1"):
+        _, err = repo.run(code=2, NPROC=wrong)
+        assert f"NPROC is '{wrong}'" in err
+
+
+def test_nano_and_cpu_take_one_process_whatever_the_gpus(repo: FakeRepo):
+    repo.set_gpus(8)
+    repo.run("nano")
+    assert (repo.train.processes, repo.train.arguments) == (1, ["nano"])
+    for options in (["--device", "cpu"], ["--device=cpu"]):
+        repo.run(*options)
+        assert (repo.train.processes, repo.train.arguments) == (1, ["nano", *options])
+        repo.run("small", *options)
+        assert (repo.train.processes, repo.train.arguments) == (1, ["small", *options])
+    repo.run("small", "--device", "cuda")
+    assert repo.train.processes == 8
+
+
+def test_options_arrive_unchanged(repo: FakeRepo):
+    """Catches word splitting, globbing and a changed folder: relative paths are relative to the user's."""
+    options = ["--seed", "3", "--log-dir", "my logs/*", "--run-id=a 'b' \"c\" $HOME", "", "ü"]
+    for gpus in (0, 2):
+        repo.set_gpus(gpus)
+        repo.run("small", *options)
+        assert repo.train.arguments == ["small", *options]
+        assert Path(repo.train.cwd) == repo.cwd
+        repo.run(*options)
+        assert repo.train.arguments == [("nano", "small")[gpus > 0], *options]
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["nano", "--help"], ["small", "-h"], ["--seed", "1", "--help"]])
+def test_help_goes_straight_to_train_gpt(repo: FakeRepo, arguments: list[str]):
+    repo.set_gpus(8)
+    repo.run(*arguments)
+    assert [(call.launcher, call.script, call.arguments) for call in repo.calls] == [([], "train_gpt.py", arguments)]
+
+
+def test_data_is_made_unless_a_folder_is_given(repo: FakeRepo):
+    repo.run("nano")
+    assert repo.scripts == ["nano.py", "train_gpt.py"]
+    for track in ("small", "medium", "xl"):
+        repo.run(track)
+        assert repo.scripts == ["cached_fineweb10B.py", "train_gpt.py"]
+    for options in (["--data-dir", "x"], ["--data-dir=x"], ["--data_dir", "x"]):
+        for track in ("nano", "small"):
+            repo.run(track, *options)
+            assert repo.scripts == ["train_gpt.py"]
+    repo.run("large", code=7, CODE="7")
+    assert repo.scripts == ["train_gpt.py"], "an unknown track: train_gpt.py says so"
+
+
+def test_without_data_there_is_no_run(repo: FakeRepo):
+    repo.run("nano", code=4, DATA_CODE="4")
+    assert repo.scripts == ["nano.py"]
+
+
+@pytest.mark.parametrize("gpus", [0, 2])
+@pytest.mark.parametrize("code", [0, 1, 3])
+def test_the_exit_code_is_that_of_the_run(repo: FakeRepo, gpus: int, code: int):
+    repo.set_gpus(gpus)
+    out, _ = repo.run(code=code, CODE=str(code), LOG="logs/my run.txt")
+    assert ("plot.py" in repo.scripts) == (code == 0)
+    if code == 0:
+        assert repo.calls[-1].arguments == ["logs/my run.txt"]
+        assert out.endswith("plot: logs/my run.png\n")
+
+
+def test_a_failing_plot_says_so_and_changes_nothing(repo: FakeRepo):
+    _, err = repo.run(LOG="logs/run.txt", PLOT_CODE="1")
+    assert "the loss plot could not be drawn" in err
+
+
+def test_without_a_log_there_is_no_plot(repo: FakeRepo):
+    repo.run()
+    assert "plot.py" not in repo.scripts
+
+
+def test_the_error_stands_last_where_there_are_several_processes(repo: FakeRepo):
+    repo.set_gpus(2)
+    _, err = repo.run(code=1, CODE="1", ERROR="error: the shard is broken")
+    assert err.endswith("a page of torchrun\nerror: the shard is broken\n")
+    repo.run(TRAIN_GPT_ERROR_FILE="/from/outside")
+    assert repo.train.env["TRAIN_GPT_ERROR_FILE"].startswith(str(repo.tmp))
+    repo.set_gpus(0)
+    repo.run(TRAIN_GPT_ERROR_FILE="/from/outside")
+    assert repo.train.env["TRAIN_GPT_ERROR_FILE"] is None, "one process prints its message itself"
+
+
+def test_several_nodes(repo: FakeRepo):
+    repo.set_gpus(8)
+    nodes = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "node0", "MASTER_PORT": "1234"}
+    repo.run("small", **nodes)
+    joined = " ".join(repo.train.launcher)
+    assert "--nnodes 2 --node-rank 1 --master-addr node0 --master-port 1234" in joined
+    assert repo.train.processes == 8 and "--standalone" not in joined
+    repo.run("small", **nodes, NPROC="1")
+    assert repo.train.processes == 1 and repo.train.launcher, "one process on each node is still a torchrun"
+    for name in ("NODE_RANK", "MASTER_ADDR"):
+        _, err = repo.run("small", code=2, **(nodes | {name: ""}))
+        assert f"{name} is not set" in err
+    _, err = repo.run("small", code=2, NNODES="many")
+    assert "NNODES is 'many'" in err
+
+
+def test_threads_of_several_cpu_processes(repo: FakeRepo):
+    """torchrun's default of one thread each would leave cores idle; one process and a user's choice stay as is."""
+    cores = int(subprocess.run(["nproc"], capture_output=True, text=True, env=repo.env).stdout or 1)
+    for processes in (2, 2 * cores):
+        repo.run("nano", NPROC=str(processes))
+        assert repo.train.env["OMP_NUM_THREADS"] == str(max(1, cores // processes))
+    repo.run("nano", NPROC="2", OMP_NUM_THREADS="7")
+    assert repo.train.env["OMP_NUM_THREADS"] == "7"
+    repo.run("nano")
+    assert repo.train.env["OMP_NUM_THREADS"] is None
+    repo.set_gpus(2)
+    repo.run("small")
+    assert repo.train.env["OMP_NUM_THREADS"] is None
+
+
+def test_python_names_the_interpreter(repo: FakeRepo):
+    other = repo.root.parent / "other python"
+    repo.write_program(other, PYTHON.format(python=sys.executable))
+    (repo.root.parent / "bin/python3").write_text("#!/bin/sh\nexit 99\n")
+    repo.run("nano", PYTHON=str(other), LOG="run.txt")
+    assert repo.scripts == ["nano.py", "train_gpt.py", "plot.py"]
+    _, err = repo.run("nano", code=2, PYTHON="no-such-python")
+    assert "no-such-python" in err
+
+
+@pytest.mark.parametrize("gpus", [0, 2])
+@pytest.mark.parametrize("name", ["INT", "TERM", "HUP"])
+def test_a_signal_ends_the_run_in_order(repo: FakeRepo, gpus: int, name: str):
+    """Sent to run.sh alone, it reaches the run, whose clean-up is waited for; a run that ignores it goes on."""
+    number = getattr(signal, f"SIG{name}")
+    handler = "signal.signal(signal.SIGTERM, sys.exit); signal.signal(signal.SIGHUP, sys.exit)"
+    train_gpt = TRAIN_GPT.replace("import os, signal, sys, time", f"import os, signal, sys, time\n{handler}")
+    (repo.root / "train_gpt.py").write_text(train_gpt.replace("sys.exit)", "lambda *_: sys.exit(1))"))
+    repo.set_gpus(gpus)
+    process = repo.start(SLEEP="30", LOG="run.txt")
+    assert process.stdout.readline() == "training\n"
+    start = time.monotonic()
+    process.send_signal(number)
+    out, err = process.communicate(timeout=20)
+    assert out == "cleaned up\n"
+    assert process.returncode == 128 + number, err
+    assert time.monotonic() - start < 10
+    assert repo.leftovers == []
+    assert "plot.py" not in repo.scripts
+
+
+def test_a_run_that_outlives_signals_keeps_its_exit_code(repo: FakeRepo):
+    """Twice Ctrl-C on a run that finishes its work all the same."""
+    ignoring = "import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n" + TRAIN_GPT
+    (repo.root / "train_gpt.py").write_text(ignoring)
+    process = repo.start(SLEEP="1.5", LOG="run.txt")
+    assert process.stdout.readline() == "training\n"
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+    out, err = process.communicate(timeout=20)
+    assert process.returncode == 0, err
+    assert out == "cleaned up\ntrained\nplot: run.png\n"
+
+
+def test_ctrl_c_on_a_terminal_reaches_python(repo: FakeRepo):
+    """The kernel signals the foreground group of a terminal, in which the run is not: run.sh has to pass it on."""
+    import pty
+
+    pid, terminal = pty.fork()
+    if pid == 0:
+        default_signals()
+        os.chdir(repo.cwd)
+        os.execvpe("bash", ["bash", str(repo.root / "run.sh"), "nano"], repo.env | {"SLEEP": "30"})
+    output = b""
+    try:
+        while b"training" not in output:
+            output += os.read(terminal, 1024)
+        os.write(terminal, b"\x03")
+        while True:
+            output += os.read(terminal, 1024)
+    except OSError:  # the terminal's other end is closed
+        pass
+    _, status = os.waitpid(pid, 0)
+    os.close(terminal)
+    assert b"cleaned up" in output and b"KeyboardInterrupt" in output
+    assert os.waitstatus_to_exitcode(status) == 130
+
+
+def test_the_real_torchrun(repo: FakeRepo):
+    """Two ranks through torch's own launcher: ranks, arguments, the failing rank's message last, a non-zero exit."""
+    (repo.root / "train_gpt.py").write_text(
+        "import os, sys\n"
+        "print(f\"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']}: {sys.argv[1:]}\", flush=True)\n"
+        "if os.environ['RANK'] == os.environ.get('FAIL'):\n"
+        "    open(os.environ['TRAIN_GPT_ERROR_FILE'], 'w').write('error: what was found\\n')\n"
+        "    sys.exit(1)\n"
+    )
+    out, _ = repo.run("nano", "--seed", "1", NPROC="2", PYTHON=sys.executable)
+    assert sorted(out.splitlines()) == [f"rank {rank} of 2: ['nano', '--seed', '1']" for rank in (0, 1)]
+    _, err = repo.run("nano", code=1, NPROC="2", PYTHON=sys.executable, FAIL="1")
+    assert err.splitlines()[-1] == "error: what was found"
