@@ -11,6 +11,7 @@ learning rate, momentum, rotary frequencies, whether the embedding is tied, ...)
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import math
 import os
@@ -21,8 +22,8 @@ import sys
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -34,6 +35,10 @@ import tyro
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from tqdm import tqdm
+
+# torch 2.13 renamed two collectives.
+all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 class SpeedrunError(Exception):
@@ -86,7 +91,7 @@ class ModelConfig:
 
     @property
     def layers(self) -> tuple[Layer, ...]:
-        """The layout, layer by layer, with the slot of each in the banks. Raises SpeedrunError where it is impossible."""
+        """The layout, layer by layer, with the slot of each in the banks. Raises SpeedrunError if it is impossible."""
         L = self.num_layers
         if L < 1 or self.head_dim % 4 or (self.num_heads % 2 and any(i < L for i in self.paired_layers)):
             raise SpeedrunError(
@@ -278,7 +283,7 @@ class Track:
     optimizer: OptimizerConfig
 
     def at(self, step: int) -> Settings:
-        """The settings of a training step, 0 <= step < schedule.total_steps. Source: SPEC section 5, YaRN 2309.00071."""
+        """The settings of a training step, 0 <= step < schedule.total_steps."""
         s = self.schedule
         boundaries = s.boundaries()
         index = sum(step >= b for b in boundaries) - 1
@@ -289,7 +294,7 @@ class Track:
 
         frequencies = base_frequencies(self.model.head_dim)
         attn_scale = s.attn_scale
-        for before, after in zip(stages[:index], stages[1 : index + 1], strict=True):
+        for before, after in pairwise(stages[: index + 1]):
             a, b = (min(x.windows[1], s.yarn_max_window) for x in (before, after))
             frequencies, attn_scale = yarn(frequencies, attn_scale, a, b)
 
@@ -384,8 +389,8 @@ NANO = Track(
     model=ModelConfig(
         vocab_size=257,
         num_layers=5,
-        num_heads=4,
-        head_dim=32,
+        num_heads=2,
+        head_dim=64,
         without_attention=(3,),
         paired_layers=(0, 2),
         long_layers=(1, 4),
@@ -400,22 +405,24 @@ NANO = Track(
         bos=256,
         rows_per_step=1,
         val_tokens=524_288,
-        val_row_tokens=65_536,
+        val_row_tokens=16_384,
     ),
     schedule=Schedule(
-        scheduled_steps=400,
+        scheduled_steps=660,
         extension_steps=10,
         stages=(
-            Stage(2048, (64, 192), 1.0, ((1.0, 1.0), (0.5, 0.5), (0.25, 0.0))),
-            Stage(4096, (96, 320), 1.3, ((1.0, 1.0), (0.5, 0.0))),
-            Stage(6144, (128, 384), 1.5, ((1.0, 1.0),)),
+            Stage(1024, (64, 192), 1.0, ((1.0, 1.0), (0.5, 0.5), (0.25, 0.0))),
+            Stage(1536, (64, 256), 1.0, ((1.0, 1.0), (0.5, 0.0))),
+            Stage(2048, (64, 320), 1.0, ((1.0, 1.0),)),
         ),
-        extension=Stage(6144, (128, 512), 0.1, ((1.0, 1.0),)),
-        final_long_window=768,
+        extension=Stage(2048, (64, 384), 0.1, ((1.0, 1.0),)),
+        final_long_window=512,
         momentum_steps=(100, 20),
         val_every=0,
     ),
-    optimizer=OptimizerConfig(),
+    optimizer=OptimizerConfig(
+        rules=replace(Rules(), value_embeds=Rule("adam", sharded=True, lr_mul=(10.0,), wd_mul=5.0, betas=(0.75, 0.95))),
+    ),
 )
 
 
@@ -634,9 +641,7 @@ class Optimizer:
                 split_halves(master, piece, low)
             p[name].grad = None
             if self.rules[name].sharded and self.runtime.world_size > 1:
-                gathers.append(
-                    dist.all_gather_into_tensor(p[name].data.view(-1), piece.flatten().clone(), async_op=True)
-                )
+                gathers.append(all_gather_single(p[name].data.view(-1), piece.flatten().clone(), async_op=True))
         for work in gathers:
             work.wait()
         if settings.tied and settings.adam_steps:
@@ -652,7 +657,7 @@ class Optimizer:
         if not self.rules[name].sharded:
             return self._piece(name, grad), dist.all_reduce(grad, async_op=True)
         piece = torch.empty_like(self._piece(name, grad))
-        return piece, dist.reduce_scatter_tensor(piece.view(-1), grad.view(-1), async_op=True)
+        return piece, reduce_scatter_single(piece.view(-1), grad.view(-1), async_op=True)
 
     def _normuon(self, name: str, master: Tensor, grad: Tensor, settings: Settings) -> None:
         """Nesterov momentum -> orthogonalize -> even out rows -> cautious decay and step. All tensors (n, r, c)."""
@@ -698,7 +703,7 @@ class Optimizer:
             whole = piece
             if world > 1:
                 whole = torch.empty(piece.numel() * world, dtype=piece.dtype, device=piece.device)
-                dist.all_gather_into_tensor(whole, piece)
+                all_gather_single(whole.view(torch.uint8), piece.view(torch.uint8))  # bytes: no backend knows int16
             self.state["embed"][key].copy_(self._piece("embed", whole.view(shape).T.contiguous()))
 
 
@@ -1197,6 +1202,8 @@ class Runtime:
         device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
         if cuda:
             torch.cuda.set_device(device)
+        else:
+            keep_freed_memory()
         if world_size > 1:
             dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
         fast_bfloat16 = cuda or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
@@ -1243,6 +1250,16 @@ class Runtime:
                 f"CPU: {cpu_name()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
             )
         return "\n".join(lines)
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to reuse large freed blocks: by default each activation is mapped anew, page fault by page fault."""
+    if sys.platform == "linux":
+        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # <malloc.h>
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):
+            libc.mallopt(M_MMAP_MAX, 0)
+            libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def activate_flash_attention() -> str:
@@ -1336,7 +1353,7 @@ def flatten(value: object, prefix: str = "") -> dict[str, object]:
 
 
 class Trainer:
-    """The state of a run (weights, optimizer state, loader position, RNG; the clock is the loop's) and its two moves."""
+    """The state of a run (weights, optimizer state, loader position, RNG; the loop has the clock) and its two moves."""
 
     def __init__(self, track: Track, runtime: Runtime, data_dir: Path, seed: int):
         self.track, self.runtime, self.data_dir = track, runtime, data_dir
@@ -1347,7 +1364,7 @@ class Trainer:
         self.loader = Loader(track, data_dir, runtime)
 
     def train_step(self, step: int) -> Tensor:
-        """One step. Returns this rank's part of the mean next-token loss, 0-dim on the device: sum it over the ranks."""
+        """One step. Returns this rank's part of the mean next-token loss, 0-dim on the device."""
         settings, num_rows = self.track.at(step), self.track.data.rows_per_step
         weights = self._weights(settings.prediction_weights)
         total = torch.zeros((), device=self.runtime.device)
