@@ -716,10 +716,15 @@ class Optimizer:
 class Row:
     """One packed row of T tokens, the unit of every forward pass."""
 
-    inputs: Tensor  # (T,) int32
+    inputs: Tensor  # (T,) int64
     targets: Tensor  # (T,) int64, the token after each input
     cu_seqlens: Tensor  # int32, starts of the documents in the row, padded with T
     max_seqlen: int  # no document is longer
+
+    def to(self, runtime: Runtime) -> Row:
+        """The row on the device; the copies are asynchronous where it lies in pinned memory."""
+        tensors = (runtime.to_device(t) for t in (self.inputs, self.targets, self.cu_seqlens))
+        return Row(*tensors, self.max_seqlen)
 
 
 class GPT(nn.Module):
@@ -811,7 +816,7 @@ class GPT(nn.Module):
 
     def hidden(
         self,
-        tokens: Tensor,  # (T,) int32
+        tokens: Tensor,  # (T,) int64
         cu_seqlens: Tensor,  # int32
         max_seqlen: int,
         windows: tuple[int, int],
@@ -1048,10 +1053,7 @@ class Loader:
         if step + 1 < self.track.schedule.total_steps:
             ahead = (step + 1, self.position)
             self._prefetched = (*ahead, self._worker.submit(self._make, *ahead))
-        return [
-            Row(*(self.runtime.to_device(t) for t in (row.inputs, row.targets, row.cu_seqlens)), row.max_seqlen)
-            for row in rows
-        ]
+        return [row.to(self.runtime) for row in rows]
 
     def _shard(self, index: int) -> Shard:
         """The shard and, already under way, the one after it; all others are let go."""
@@ -1111,9 +1113,9 @@ def make_row(tokens: np.ndarray, starts: np.ndarray, max_seqlen: int, pin: bool)
         capacity *= 2
     cu_seqlens = np.full(capacity, n, dtype=np.int32)
     cu_seqlens[: len(starts)] = starts
-    wide = torch.from_numpy(tokens.astype(np.int64))
-    tensors = (wide[:-1].int(), wide[1:], torch.from_numpy(cu_seqlens))
-    return Row(*((t.pin_memory() for t in tensors) if pin else tensors), max_seqlen)
+    tensors = torch.from_numpy(tokens.astype(np.int64)), torch.from_numpy(cu_seqlens)
+    packed, starts = (t.pin_memory() for t in tensors) if pin else tensors
+    return Row(packed[:-1], packed[1:], starts, max_seqlen)
 
 
 def validation_rows(track: Track, data_dir: Path, runtime: Runtime):
@@ -1138,7 +1140,7 @@ def validation_rows(track: Track, data_dir: Path, runtime: Runtime):
         row = tokens[begin : min(begin + n, data.val_tokens) + 1]
         starts = np.union1d(0, np.flatnonzero(row[:-1] == data.bos))
         made = make_row(row, starts, len(row) - 1, pin=False)
-        yield Row(*(runtime.to_device(t) for t in (made.inputs, made.targets, made.cu_seqlens)), made.max_seqlen)
+        yield made.to(runtime)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1431,8 +1433,9 @@ class Trainer:
         for _ in range(num_tokens):
             recent = np.array(tokens[-context:] + [0] * (context + 1 - len(tokens)), dtype=np.int64)
             row = make_row(np.append(recent[:context], 0), np.array([0]), context, pin=False)
-            row = Row(*(self.runtime.to_device(t) for t in (row.inputs, row.targets, row.cu_seqlens)), context)
-            logits = self.model.logits(row, settings)[min(len(tokens), context) - 1, : self.track.model.vocab_size]
+            logits = self.model.logits(row.to(self.runtime), settings)[
+                min(len(tokens), context) - 1, : self.track.model.vocab_size
+            ]
             tokens.append(int(torch.multinomial(logits.double().softmax(-1).cpu(), 1, generator=generator)))
         return tokens[1:]
 

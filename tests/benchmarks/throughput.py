@@ -1,0 +1,102 @@
+"""Throughput of the two things that a run waits for: training steps of `nano` on this CPU, and the loader of `small`.
+
+    python tests/benchmarks/throughput.py [nano] [loader] [--threads N]
+
+nano: ms/step and tokens/s per stage, medians. loader: seconds to the first batch and tokens/s at the batch of `small`'s
+last stage, on one core, from freshly written shards of 100M tokens with FineWeb-like document lengths.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+REPO = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(REPO))
+import train_gpt  # noqa: E402
+
+
+def time_nano(steps_per_stage: int = 20) -> None:
+    """Print the median step of each stage of `nano`, and of one validation pass."""
+    track, runtime = train_gpt.NANO, train_gpt.Runtime.create(train_gpt.Options(device="cpu"))
+    trainer = train_gpt.Trainer(track, runtime, REPO / "data" / "nano", seed=0)
+    trainer.warm_up(track.schedule.total_steps)
+    print(f"nano, {train_gpt.cpu_name()}, {torch.get_num_threads()} threads, {runtime.dtype}")
+    weighted = 0.0
+    for start, stop in zip(track.schedule.boundaries(), (*track.schedule.boundaries()[1:], None), strict=True):
+        seconds = []
+        for step in range(start, min(start + steps_per_stage, track.schedule.total_steps)):
+            began = time.perf_counter()
+            trainer.train_step(step)
+            seconds.append(time.perf_counter() - began)
+        median, tokens = statistics.median(seconds), track.at(start).stage.tokens
+        weighted += median * ((stop or track.schedule.total_steps) - start)
+        print(f"  stage from step {start:5d}: {1000 * median:7.1f} ms/step {tokens / median:10,.0f} tokens/s")
+    print(f"  whole schedule at these medians: {weighted:.1f} s")
+    began = time.perf_counter()
+    trainer.validate(track.validation_at(track.schedule.total_steps))
+    print(f"  validation: {time.perf_counter() - began:.1f} s for {track.data.val_tokens:,} tokens")
+
+
+def write_shard(path: Path, tokens: int, rng: np.random.Generator) -> None:
+    """A shard of random GPT-2 tokens in documents of log-normal length, median 400."""
+    header = np.zeros(train_gpt.HEADER_INTS, dtype="<i4")
+    header[:3] = train_gpt.SHARD_MAGIC, train_gpt.SHARD_VERSION, tokens
+    body = rng.integers(0, 50256, tokens, dtype=np.uint16)
+    starts = np.cumsum(rng.lognormal(np.log(400), 1.0, tokens // 400).astype(np.int64) + 1)
+    body[0], body[starts[starts < tokens]] = 50256, 50256
+    with open(path, "wb") as file:
+        header.tofile(file)
+        body.tofile(file)
+
+
+def time_loader(num_shards: int = 3, shard_tokens: int = 100_000_000) -> None:
+    """Print the time to the first batch and the sustained rate, on one core."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[0]})
+    small = train_gpt.SMALL
+    last = small.schedule.stages[-1]
+    track = replace(small, schedule=replace(small.schedule, stages=(last,), scheduled_steps=100_000))
+    with tempfile.TemporaryDirectory() as folder:
+        rng = np.random.default_rng(0)
+        for i in range(num_shards):
+            write_shard(Path(folder) / f"fineweb_train_{i + 1:06d}.bin", shard_tokens, rng)
+        began = time.perf_counter()
+        loader = train_gpt.Loader(track, Path(folder), train_gpt.Runtime(torch.device("cpu")))
+        loader.next(0)
+        first = time.perf_counter() - began
+        steps = 1
+        try:
+            while True:
+                loader.next(steps)
+                steps += 1
+        except train_gpt.SpeedrunError:  # the shards have run out
+            seconds = time.perf_counter() - began
+    rate = steps * last.tokens / seconds
+    print(f"loader, one core: first batch after {first:.3f} s, then {rate / 1e6:.0f}M tokens/s ({steps} steps)")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="*", choices=["nano", "loader"], default=["nano", "loader"])
+    parser.add_argument("--threads", type=int, help="threads of torch; default: all cores")
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    if "nano" in arguments.what:
+        time_nano()
+    if "loader" in arguments.what:
+        time_loader()
+
+
+if __name__ == "__main__":
+    main()

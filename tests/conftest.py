@@ -1,0 +1,127 @@
+"""Helpers shared by the tests: shard files, a tiny track, processes as a user starts them."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+REPO = Path(__file__).resolve().parents[1]
+if str(REPO) not in sys.path:  # for scripts in tests/; pytest itself has it from pyproject.toml
+    sys.path.insert(0, str(REPO))
+
+import train_gpt  # noqa: E402 - only now is it on the path
+from train_gpt import NANO, Runtime, Track  # noqa: E402
+
+BOS = 256
+
+
+def write_shard(path: Path, tokens, magic: int = 20240520, version: int = 1, count: int | None = None) -> Path:
+    """A shard file as SPEC section 2 lays it out; the header can be made to lie."""
+    header = np.zeros(256, dtype="<i4")
+    header[:3] = magic, version, len(tokens) if count is None else count
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(header.tobytes() + np.asarray(tokens, dtype="<u2").tobytes())
+    return path
+
+
+def documents(lengths, bos: int = BOS) -> list[int]:
+    """Documents of these lengths, one after the other: BOS, then tokens that count on across documents."""
+    tokens: list[int] = []
+    for length in lengths:
+        tokens += [bos, *((len(tokens) + i) % 251 for i in range(length - 1))]
+    return tokens
+
+
+def text_like(num_tokens: int, seed: int, longest: int = 60) -> np.ndarray:
+    """Random documents of 1 to `longest` tokens whose tokens partly follow from the one before: there is a lesson."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, 32, num_tokens)
+    repeat = rng.random(num_tokens) < 0.5
+    tokens[1:] = np.where(repeat[1:], (3 * tokens[:-1] + 1) % 32, tokens[1:])
+    starts = np.cumsum(rng.integers(1, longest + 1, num_tokens))
+    tokens[starts[starts < num_tokens]] = BOS
+    tokens[0] = BOS
+    return tokens
+
+
+def write_tiny_data(folder: Path) -> Path:
+    """Two training shards and two validation shards, enough for `tiny_track`."""
+    for i in (1, 2):
+        write_shard(folder / f"tiny_train_{i:06}.bin", text_like(6000, seed=i))
+        write_shard(folder / f"tiny_val_{i:06}.bin", text_like(400, seed=10 + i))
+    return folder
+
+
+def tiny_options() -> list[str]:
+    """`nano` made tiny on the command line: 20 steps of 8 rows with every technique, stages of growing size.
+
+    Stages begin at steps 0, 6 and 12 (for three stages), the extension at 18; the embedding unties at step 13.
+    """
+    numbers: dict[str, object] = {
+        "model.num-layers": 5,
+        "model.num-heads": 2,
+        "model.head-dim": 8,
+        "model.gate-dim": 12,
+        "data.rows-per-step": 8,
+        "data.val-tokens": 700,
+        "data.val-row-tokens": 96,
+        "schedule.scheduled-steps": 18,
+        "schedule.extension-steps": 2,
+        "schedule.final-long-window": 24,
+        "schedule.momentum-steps": (6, 3),
+        "schedule.val-every": 0,
+        "schedule.extension.tokens": 8 * 24,
+        "schedule.extension.windows": (6, 20),
+        "schedule.extension.max-doc-len": 20,
+    }
+    for i in range(len(NANO.schedule.stages)):
+        numbers[f"schedule.stages.{i}.tokens"] = 8 * (12 + 6 * i)
+        numbers[f"schedule.stages.{i}.windows"] = (4 + i, 8 + 4 * i)
+        numbers[f"schedule.stages.{i}.max-doc-len"] = 12 + 4 * i
+    words = []
+    for name, value in numbers.items():
+        words += [f"--{name}", *(str(v) for v in (value if isinstance(value, tuple) else (value,)))]
+    return words
+
+
+def tiny_track(**data_or_schedule) -> Track:
+    """The track of `tiny_options`, with further fields of its schedule or data replaced."""
+    track = train_gpt.parse_command(["nano", *tiny_options()])[0]
+    schedule = {k: v for k, v in data_or_schedule.items() if hasattr(track.schedule, k)}
+    data = {k: v for k, v in data_or_schedule.items() if k not in schedule}
+    return replace(track, schedule=replace(track.schedule, **schedule), data=replace(track.data, **data))
+
+
+def cpu(dtype: torch.dtype = torch.float32, rank: int = 0, world_size: int = 1) -> Runtime:
+    return Runtime(torch.device("cpu"), rank, world_size, dtype)
+
+
+def run_process(command: list, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess:
+    """Run a command on one thread, outside any process group of the tests; its output is captured as text."""
+    alien = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "TRAIN_GPT_LOG_PATH_FILE", "TRAIN_GPT_ERROR_FILE")
+    env = {k: v for k, v in os.environ.items() if k not in alien}
+    env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO), "TORCHINDUCTOR_COMPILE_THREADS": "1", **environment}
+    return subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=timeout, env=env)
+
+
+def torchrun(num_processes: int, *command, timeout: float = 300) -> subprocess.CompletedProcess:
+    """Run a script in `num_processes` CPU processes that torchrun starts."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", num_processes]
+    return run_process([*launcher, *command], timeout=timeout)
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory) -> Path:
+    return write_tiny_data(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def alone(monkeypatch) -> None:
+    """As a plain `python train_gpt.py` sees the environment: no launcher around it, and one thread."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "TRAIN_GPT_LOG_PATH_FILE", "TRAIN_GPT_ERROR_FILE"):
+        monkeypatch.delenv(name, raising=False)

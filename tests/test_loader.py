@@ -1,0 +1,367 @@
+"""Data: shards -> rows, against a naive reading of SPEC section 2."""
+
+import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+from conftest import BOS, cpu, documents, text_like, write_shard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import train_gpt
+from train_gpt import NANO, Loader, LoaderPosition, Shard, SpeedrunError, Stage, Track, validation_rows
+
+
+class NaiveStream:
+    """The training stream, one list operation at a time."""
+
+    def __init__(self, shards: list[list[int]]):
+        self.shards = [self.documents(tokens) for tokens in shards]
+
+    @staticmethod
+    def documents(tokens: list[int]) -> list[list[int]]:
+        found: list[list[int]] = []
+        for token in tokens:
+            if token == BOS:
+                found.append([])
+            if found:  # tokens before the first BOS belong to no document
+                found[-1].append(token)
+        return found
+
+    def step(self, num_rows: int, row_tokens: int, max_doc_len: int) -> list[list[list[int]]]:
+        """The rows of the next step, each a list of pieces. Raises EOFError where the shards run out."""
+        while self.shards:
+            left, rows = list(self.shards[0]), []
+            while left and len(rows) < num_rows:
+                pieces, need = [], row_tokens + 1
+                while need and left:
+                    piece = left.pop(0)[: min(max_doc_len, need)]
+                    pieces.append(piece)
+                    need -= len(piece)
+                if need == 0:
+                    rows.append(pieces)
+            if len(rows) == num_rows:
+                self.shards[0] = left
+                return rows
+            self.shards.pop(0)
+        raise EOFError
+
+
+def track_with(stages: list[tuple[int, int]], steps_each: int, rows: int = 8, val_tokens: int = 64, val_row=16) -> Track:
+    """A track whose stages, each of `steps_each` steps, have these (tokens per row, max_doc_len)."""
+    stages = tuple(Stage(rows * n, (4, 8), 1.0, ((1.0, 1.0),), max_doc_len) for n, max_doc_len in stages)
+    schedule = replace(
+        NANO.schedule, scheduled_steps=steps_each * len(stages), extension_steps=99, stages=stages, extension=stages[-1]
+    )
+    data = replace(NANO.data, bos=BOS, rows_per_step=rows, val_tokens=val_tokens, val_row_tokens=val_row)
+    return replace(NANO, data=data, schedule=schedule)
+
+
+def write_shards(folder: Path, shards: list[list[int]], split: str = "train") -> Path:
+    for i, tokens in enumerate(shards):
+        write_shard(folder / f"x_{split}_{i:06}.bin", tokens)
+    return folder
+
+
+def as_tuple(row: train_gpt.Row) -> tuple:
+    return tuple(row.inputs.tolist()), tuple(row.targets.tolist()), tuple(row.cu_seqlens.tolist()), row.max_seqlen
+
+
+def check_row(row: train_gpt.Row, pieces: list[list[int]], n: int, max_doc_len: int) -> None:
+    """A row of the loader says what the naive pieces say."""
+    tokens = [token for piece in pieces for token in piece]
+    assert row.inputs.tolist() == tokens[:n] and row.inputs.dtype == torch.int32
+    assert row.targets.tolist() == tokens[1:] and row.targets.dtype == torch.int64
+    starts = np.cumsum([0] + [len(piece) for piece in pieces[:-1]]).tolist()
+    padding = [n] * (len(row.cu_seqlens) - len(starts))
+    assert padding, "cu_seqlens must end with n, or the last document has no end"
+    assert row.cu_seqlens.tolist() == starts + padding and row.cu_seqlens.dtype == torch.int32
+    assert max(np.diff(row.cu_seqlens.tolist())) <= row.max_seqlen <= max(max_doc_len, 1)
+
+
+lengths = st.lists(st.one_of(st.integers(1, 3), st.integers(1, 40)), max_size=90)
+shard_tokens = st.builds(lambda junk, docs: [7] * junk + documents(docs), st.integers(0, 5), lengths)
+stage_shapes = st.tuples(st.integers(1, 14), st.integers(1, 20))
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    shards=st.lists(shard_tokens, min_size=1, max_size=4),
+    stages=st.lists(stage_shapes, min_size=1, max_size=3),
+    steps_each=st.integers(1, 3),
+    world_size=st.sampled_from([1, 2, 4, 8]),
+    chunk=st.sampled_from([5, 64, 1 << 20]),
+)
+def test_the_ranks_rows_together_are_the_naive_stream(shards, stages, steps_each, world_size, chunk):
+    """Catches: a rule of the stream broken (piece length, skipped rest, one shard per step, dropped remainder), rows
+    dealt to the wrong rank or twice, a stage's batch size or max_doc_len applied a step late, wrong cu_seqlens."""
+    track, naive = track_with(stages, steps_each), NaiveStream(shards)
+    with TemporaryDirectory() as folder, patch.object(Shard, "CHUNK", chunk):
+        write_shards(Path(folder), shards)
+        loaders = [Loader(track, Path(folder), cpu(rank=r, world_size=world_size)) for r in range(world_size)]
+        for step in range(track.schedule.total_steps):
+            n, max_doc_len = stages[min(step // steps_each, len(stages) - 1)]
+            try:
+                expected = naive.step(8, n, max_doc_len)
+            except EOFError:
+                for loader in loaders:
+                    with pytest.raises(SpeedrunError, match="run out"):
+                        loader.next(step)
+                break
+            rows = [row for loader in loaders for row in loader.next(step)]
+            assert len(rows) == 8
+            for row, pieces in zip(rows, expected, strict=True):
+                check_row(row, pieces, n, max_doc_len)
+            assert len({loader.position for loader in loaders}) == 1
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    shards=st.lists(shard_tokens, min_size=2, max_size=3),
+    before=st.integers(0, 4),
+    after=st.integers(1, 5),
+    first=st.integers(0, 6),
+)
+def test_a_restored_position_replays_the_same_rows(shards, before, after, first):
+    """Catches: rows of a prefetch that began elsewhere, or state of the loader besides its position (a shard let go,
+    a document counter). Steps after the restore may differ from those before it, as they do around a warm-up."""
+    track = track_with([(6, 5), (3, 9)], steps_each=3)
+
+    def take(loader: Loader, begin: int, count: int) -> list:
+        taken = []
+        try:
+            for step in range(begin, begin + count):
+                taken.append([as_tuple(row) for row in loader.next(step)])
+        except SpeedrunError:
+            taken.append("run out")
+        return taken
+
+    with TemporaryDirectory() as folder:
+        data_dir = write_shards(Path(folder), shards)
+        loader = Loader(track, data_dir, cpu())
+        take(loader, first, before)
+        position = loader.position
+        expected = take(loader, before, after)
+        loader.position = position
+        assert take(loader, before, after) == expected
+        loader.position = LoaderPosition()  # as after a warm-up; the last prefetch is stale
+        fresh = Loader(track, data_dir, cpu())
+        assert take(loader, 0, after) == take(fresh, 0, after)
+        elsewhere = Loader(track, data_dir, cpu())
+        elsewhere.position = position  # as after a resume
+        assert take(elsewhere, before, after) == expected
+
+
+def test_a_prefetch_of_another_step_at_the_same_position_is_not_used(tmp_path):
+    """Catches: a prefetch recognized by its position alone, while the stage has changed."""
+    data_dir = write_shards(tmp_path, [documents([10] * 400)])
+    track = track_with([(6, 100), (12, 100)], steps_each=2)
+    loader = Loader(track, data_dir, cpu())
+    loader.next(0)  # prefetches step 1, of the first stage
+    assert loader.next(2)[0].inputs.numel() == 12
+
+
+def test_row_shapes_are_static_within_a_stage(tmp_path):
+    """Catches: a cu_seqlens or max_seqlen that depends on the documents, which would recompile the model."""
+    data_dir = write_shards(tmp_path, [text_like(20_000, seed=0).tolist()])
+    loader = Loader(track_with([(64, 32), (48, 500)], steps_each=4), data_dir, cpu())
+    for steps in (range(4), range(4, 8)):
+        shapes = {(row.inputs.shape, row.cu_seqlens.shape, row.max_seqlen) for s in steps for row in loader.next(s)}
+        assert len(shapes) == 1
+
+
+def test_more_documents_than_the_static_capacity_still_make_a_right_row(tmp_path):
+    """Catches: document starts cut off (attention across documents) or an index error, in rows of BOS-only documents."""
+    data_dir = write_shards(tmp_path, [documents([1] * 9000)])
+    row = Loader(track_with([(1000, 9)], steps_each=1), data_dir, cpu()).next(0)[0]
+    check_row(row, [[BOS]] * 1001, 1000, 9)
+
+
+def test_tokens_before_the_first_bos_are_never_trained_on(tmp_path):
+    """Catches: the head of a shard taken for a document."""
+    data_dir = write_shards(tmp_path, [[7] * 500 + documents([30] * 20)])
+    rows = Loader(track_with([(29, 99)], steps_each=1), data_dir, cpu()).next(0)
+    assert all(row.inputs[0] == BOS for row in rows) and all(7 not in row.inputs[1:2] for row in rows[:1])
+    assert rows[0].inputs.tolist() == documents([30])[:29]
+
+
+def test_the_first_batch_does_not_wait_for_the_whole_shard(tmp_path, monkeypatch):
+    """Catches: a loader that reads and indexes 100M tokens before its first row. Here the scan stops after two chunks
+    until the batch has come."""
+    data_dir = write_shards(tmp_path, [documents([8] * 2000)])
+    monkeypatch.setattr(Shard, "CHUNK", 4000)
+    original, rows_came = Shard._publish, threading.Event()
+
+    def publish(self, bounds, *args, **kwargs):
+        if len(self.bounds) >= 1000:
+            rows_came.wait(60)
+        original(self, bounds, *args, **kwargs)
+
+    monkeypatch.setattr(Shard, "_publish", publish)
+    loader = Loader(track_with([(16, 99)], steps_each=1), data_dir, cpu())
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(loader.next, 0)
+        try:
+            rows = future.result(timeout=10)
+            assert not loader._shards[0].scanned
+        finally:
+            rows_came.set()
+    for row, pieces in zip(rows, NaiveStream([documents([8] * 2000)]).step(8, 16, 99), strict=True):
+        check_row(row, pieces, 16, 99)
+
+
+def test_the_next_shard_is_read_before_it_is_needed(tmp_path):
+    """Catches: a stall of a whole shard's reading at every shard end."""
+    data_dir = write_shards(tmp_path, [documents([10] * 200)] * 3)
+    loader = Loader(track_with([(6, 9)], steps_each=1), data_dir, cpu())
+    loader.next(0)
+    assert set(loader._shards) == {0, 1}
+    assert loader._shards[1].wait()[-1] == 2000  # comes without any row asked of it
+
+
+def test_running_out_of_shards_is_said_and_nothing_is_repeated(tmp_path):
+    """Catches: a silent second epoch, or a StopIteration that tells nothing."""
+    data_dir = write_shards(tmp_path, [documents([10] * 20), documents([10] * 20)])
+    loader = Loader(track_with([(9, 99)], steps_each=9), data_dir, cpu())
+    for step in range(4):
+        loader.next(step)
+    with pytest.raises(SpeedrunError, match=r"2 training shards in .* have run out.*fetch more|train fewer") as error:
+        loader.next(4)
+    assert str(tmp_path) in str(error.value)
+    with pytest.raises(SpeedrunError, match="run out"):  # and again, instead of hanging on a dead prefetch
+        loader.next(4)
+
+
+GOOD = documents([10] * 100)
+
+
+def damaged(path: Path, how: str) -> None:
+    write_shard(path, GOOD)
+    whole = path.read_bytes()
+    if how == "magic":
+        write_shard(path, GOOD, magic=20240801)
+    elif how == "version":
+        write_shard(path, GOOD, version=7)
+    elif how == "truncated":
+        path.write_bytes(whole[:-20])
+    elif how == "odd":
+        path.write_bytes(whole[:-1])
+    elif how == "too long":
+        path.write_bytes(whole + b"\0\0")
+    elif how == "header only half":
+        path.write_bytes(whole[:500])
+    elif how == "empty":
+        path.write_bytes(b"")
+    elif how == "negative":
+        write_shard(path, [], count=-1)
+    elif how == "token":
+        write_shard(path, [*GOOD[:-1], 257])
+
+
+DAMAGE = {
+    "magic": r"20240801.*expected 20240520",
+    "version": r"version 7, expected 1",
+    "truncated": r"3004 bytes.*1000 tokens = 3024 bytes",
+    "odd": r"3023 bytes.*1000 tokens = 3024 bytes",
+    "too long": r"3026 bytes.*1000 tokens = 3024 bytes",
+    "header only half": r"not a token shard",
+    "empty": r"not a token shard.*empty",
+    "negative": r"-1 tokens",
+    "token": r"token 257.*257 tokens",
+}
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_a_damaged_shard_is_refused_with_its_name_and_what_is_wrong(tmp_path, how):
+    """Catches: training on garbage, or a message that leaves open which of 103 files to fetch again."""
+    damaged(tmp_path / "x_train_000001.bin", how)
+    with pytest.raises(SpeedrunError, match=re.escape("x_train_000001.bin") + ".*" + DAMAGE[how]):
+        loader = Loader(track_with([(6, 9)], steps_each=50), tmp_path, cpu())
+        for step in range(20):
+            loader.next(step)
+    damaged(tmp_path / "x_val_000001.bin", how)
+    with pytest.raises(SpeedrunError, match=re.escape("x_val_000001.bin") + ".*" + DAMAGE[how]):
+        list(validation_rows(track_with([(6, 9)], steps_each=1), tmp_path, cpu()))
+
+
+def test_a_damaged_later_shard_stops_the_run_only_when_its_turn_comes(tmp_path):
+    """Catches: an error of the background reading that is lost, or that hits steps it has nothing to do with."""
+    write_shards(tmp_path, [documents([10] * 20)])
+    damaged(tmp_path / "x_train_000001.bin", "token")
+    loader = Loader(track_with([(9, 99)], steps_each=9), tmp_path, cpu())
+    loader.next(0)
+    loader.next(1)
+    with pytest.raises(SpeedrunError, match=r"x_train_000001\.bin.*token 257"):
+        loader.next(2)
+
+
+def test_a_file_that_ends_while_it_is_read_is_refused(tmp_path, monkeypatch):
+    """Catches: uninitialized memory trained on when a shard is overwritten during the run."""
+    path = write_shard(tmp_path / "x_train_000001.bin", GOOD)
+    monkeypatch.setattr(train_gpt, "read_shard_header", lambda path: 1100)
+    with pytest.raises(SpeedrunError, match=r"x_train_000001\.bin.*ended while it was read"):
+        Shard(path, 257, BOS).wait()
+
+
+def test_a_missing_folder_names_the_folder_and_the_command(tmp_path):
+    """Catches: an empty glob that ends as an IndexError."""
+    track = track_with([(6, 9)], steps_each=1)
+    for call in (Loader, validation_rows):
+        with pytest.raises(SpeedrunError, match=f"(?s)no_such.*{re.escape(track.data.fetch)}"):
+            result = call(track, tmp_path / "no_such", cpu())
+            list(result)
+
+
+def test_processes_that_cannot_share_the_rows_are_refused(tmp_path):
+    """Catches: rows left out silently, and another stream than that of W = 1."""
+    write_shards(tmp_path, [GOOD])
+    with pytest.raises(SpeedrunError, match="3 processes cannot share the 8 rows"):
+        Loader(track_with([(6, 9)], steps_each=1), tmp_path, cpu(rank=1, world_size=3))
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    shards=st.lists(shard_tokens.filter(len), min_size=1, max_size=3),
+    part=st.floats(0.01, 1),
+    val_row=st.integers(1, 100),
+    world_size=st.sampled_from([1, 2, 4, 8]),
+)
+def test_validation_predicts_the_first_val_tokens_once_each(shards, part, val_row, world_size):
+    """Catches: tokens left out or counted twice at row or shard ends, rows aligned to BOS, a last row dropped, ranks
+    that see the same rows, attention across documents, a target taken from the wrong place."""
+    stream = [token for tokens in shards for token in tokens]
+    val_tokens = max(1, int(part * (len(stream) - 1)))
+    track = track_with([(6, 9)], steps_each=1, val_tokens=val_tokens, val_row=val_row)
+    with TemporaryDirectory() as folder:
+        write_shards(Path(folder), shards, split="val")
+        if len(stream) < val_tokens + 1:
+            with pytest.raises(SpeedrunError, match="hold 1 tokens"):
+                list(validation_rows(track, Path(folder), cpu()))
+            return
+        per_rank = [list(validation_rows(track, Path(folder), cpu(rank=r, world_size=world_size))) for r in range(world_size)]
+    num_rows = -(-val_tokens // val_row)
+    rows = [per_rank[i % world_size][i // world_size] for i in range(num_rows)]
+    assert sum(len(rank) for rank in per_rank) == num_rows
+    assert [t for row in rows for t in row.inputs.tolist()] == stream[:val_tokens]
+    assert [t for row in rows for t in row.targets.tolist()] == stream[1 : val_tokens + 1]
+    for row in rows:
+        n = row.inputs.numel()
+        starts = [0] + [i for i, t in enumerate(row.inputs.tolist()) if t == BOS and i > 0]
+        cu = row.cu_seqlens.tolist()
+        assert cu[: len(starts)] == starts and set(cu[len(starts) :]) == {n}
+        assert max(np.diff(cu)) <= row.max_seqlen
+
+
+def test_too_few_validation_tokens_are_counted_in_the_message(tmp_path):
+    """Catches: a mean over fewer tokens than the track says. The last of val_tokens inputs needs one token more."""
+    write_shards(tmp_path, [GOOD[:40], GOOD[:25]], split="val")
+    list(validation_rows(track_with([(6, 9)], 1, val_tokens=64), tmp_path, cpu()))
+    with pytest.raises(SpeedrunError, match=r"hold 65 tokens.*65 tokens and the one after"):
+        list(validation_rows(track_with([(6, 9)], 1, val_tokens=65), tmp_path, cpu()))
