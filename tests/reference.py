@@ -1,10 +1,11 @@
 """The SPEC once more, in naive float64 PyTorch: the oracle that the tests hold train_gpt.py against.
 
-Written for reading, not for speed: whole (T, T) attention masks, loops over layers and heads, every formula in the order in which
-the SPEC says it. It shares no code with train_gpt.py. test_reference.py checks it against the golden numbers.
+Written for reading, not for speed: whole (T, T) attention masks, loops over layers and heads, every formula in the
+order in which the SPEC says it. It shares no code with train_gpt.py. test_reference.py checks it against the golden
+numbers.
 
-Shapes: T tokens of one packed row, d model width, H heads, D head width (d = H*D), V padded vocabulary, L layers, A attention
-layers, E layers with a value embedding, S skips, g gate width.
+Shapes: T tokens of one packed row, d model width, H heads, D head width (d = H*D), V padded vocabulary, L layers,
+A attention layers, E layers with a value embedding, S skips, g gate width.
 """
 
 import math
@@ -56,7 +57,7 @@ def initial_frequencies(head_dim: int) -> Tensor:
 
 
 def yarn(frequencies: Tensor, attn_scale: float, a: int, b: int) -> tuple[Tensor, float]:
-    """One YaRN step: the long window grows from a to b tokens. frequencies (D/4,) -> (new frequencies, new attn_scale)."""
+    """One YaRN step: the long window grows from a to b tokens. frequencies (D/4,) -> (new ones, new attn_scale)."""
     rotations = a * frequencies / (2 * math.pi)
     s = a / b
     w = ((rotations - 1) / 31).clamp(0, 1)
@@ -77,9 +78,9 @@ def document_ids(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
 
 
 def rotate(x: Tensor, frequencies: Tensor, positions: Tensor) -> Tensor:
-    """Half-truncated rotary: pair (2j, 2j+1) of the first D/2 dims turns by -position * frequency j. x (N, D) -> (N, D).
+    """Half-truncated rotary: pair (2j, 2j+1) of the first D/2 dims turns by -position * frequency j.
 
-    The sign matters: turning the other way gives q·k of another model.
+    The sign matters: turning the other way gives q·k of another model. x (N, D), positions (N,) -> (N, D)
     """
     result = x.clone()
     for j, frequency in enumerate(frequencies):
@@ -237,15 +238,14 @@ def forward(
 
 
 def train_loss(logits: Tensor, targets: Tensor, prediction_weights: Tensor | list[float]) -> Tensor:
-    """Multi-token prediction, summed over the row: sum_t sum_k w_k CE(logits_t, target_{t+k}); targets past the end left out.
+    """Multi-token prediction, summed over the row: sum_t sum_k w_k CE(logits_t, target_{t+k}), none past the end.
 
     logits (T, V), targets (T,) with targets[t] the token after t, prediction_weights (K,) -> ()
     """
     log_probs = logits.log_softmax(-1)
-    num_tokens = len(targets)
     loss = logits.new_zeros(())
     for k, weight in enumerate(prediction_weights):
-        for t in range(num_tokens - k):
+        for t in range(len(targets) - k):
             loss = loss - weight * log_probs[t, targets[t + k]]
     return loss
 
@@ -264,13 +264,13 @@ POLAR_EXPRESS_COEFFICIENTS = (
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
     (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
-    (3.285753657755655, -2.3681294933425376, 0.46449024233002106),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
 
 
 def polar_express(G: Tensor) -> Tensor:
-    """Nearest semi-orthogonal matrix, approximately: five rounds of X <- aX + (bA + cA²)X, A = XXᵀ. (m, n) -> (m, n)."""
+    """Roughly the nearest semi-orthogonal matrix: five rounds of X <- aX + (bA + cA²)X, A = XXᵀ. (m, n) -> (m, n)."""
     X = G.T if G.size(0) > G.size(1) else G  # XXᵀ on the shorter side
     X = X / (1.02 * X.norm() + 1e-6)
     for a, b, c in POLAR_EXPRESS_COEFFICIENTS:
@@ -300,3 +300,128 @@ class NorMuon:
     lr: float = 0.023
     beta2: float = 0.95
     decay: float = 1.2
+
+
+TABLE: dict[str, Adam | NorMuon] = {
+    "attn_bank": NorMuon(),
+    "mlp_bank": NorMuon(lr_muls=(1.0, 2.0)),
+    "scalars": Adam((0.9, 0.99), lr_mul=5),
+    "resid_lambda": Adam((0.9, 0.99), lr_mul=5),
+    "sa_lambda": Adam((0.9, 0.99), lr_mul=5),
+    "smear_lambda": Adam((0.9, 0.99), lr_mul=5),
+    "skip_lambda": Adam((0.9, 0.99), lr_mul=5),
+    "backout_lambda": Adam((0.9, 0.99), lr_mul=5),
+    "x0_lambda": Adam((0.65, 0.95), lr_mul=5),
+    "smear_gate": Adam((0.9, 0.99), lr_mul=0.01),
+    "skip_gate": Adam((0.9, 0.99), lr_mul=0.05),
+    "attn_gates": Adam((0.9, 0.99), lr_mul=1, wd_mul=1),
+    "value_gates": Adam((0.9, 0.99), lr_mul=1, wd_mul=1),
+    "value_embeds": Adam((0.75, 0.95), lr_mul=75, wd_mul=5),
+    "head": Adam((0.5, 0.95), lr_mul=1, wd_mul=150),
+    "embed": Adam((0.5, 0.95), lr_mul=1, wd_mul=150),
+}
+"""Section 4's table for the parameters of `small`; "scalars" stands for all the λ that share its row."""
+
+
+def adam_step(p: Tensor, g: Tensor, state: dict, rule: Adam, lr_factor: float) -> Tensor:
+    """New value of p. state: {} at first, then the `count` of updates so far and the moments `m`, `v` like p."""
+    beta1, beta2 = rule.betas
+    count = state["count"] = state.get("count", 0) + 1
+    m = state["m"] = beta1 * state.get("m", 0) + (1 - beta1) * g
+    v = state["v"] = beta2 * state.get("v", 0) + (1 - beta2) * g.square()
+    lr = rule.lr * lr_factor * rule.lr_mul
+    # eps is added to the root of v as it stands, before v's bias correction.
+    denominator = (v.sqrt() + rule.eps) / (1 - beta2**count) ** 0.5
+    u = lr * (m / (1 - beta1**count)) / denominator
+    # Strictly >: where the gradient is exactly zero, so is u, and nothing decays.
+    return p - u - torch.where(u * p > 0, lr**2 * rule.decay * rule.wd_mul * p, 0)
+
+
+def normuon_step(
+    bank: Tensor,  # (n, rows, columns)
+    g: Tensor,  # (n, rows, columns)
+    state: dict[
+        str, Tensor
+    ],  # {} at first, then `momentum` like bank and `mean_square` (n, rows, 1) or (n, 1, columns)
+    rule: NorMuon,
+    lr_factor: float,
+    momentum: float,
+) -> Tensor:  # (n, rows, columns)
+    """New value of the bank."""
+    count, rows, columns = bank.shape
+    averaged = 1 if rows >= columns else 0  # one mean square per row, averaged over its columns; else the other way
+    state.setdefault("momentum", torch.zeros_like(bank))
+    state.setdefault("mean_square", torch.zeros_like(bank.mean(1 + averaged, keepdim=True)))
+    result = torch.zeros_like(bank)
+    for i in range(count):
+        p = bank[i]
+        buffer = momentum * state["momentum"][i] + (1 - momentum) * g[i]
+        state["momentum"][i] = buffer
+        orthogonal = polar_express((1 - momentum) * g[i] + momentum * buffer)
+
+        # A mean that starts at zero, without bias correction: rescaling to the old norm takes a common factor out.
+        mean_square = orthogonal.square().mean(averaged, keepdim=True)
+        mean_square = rule.beta2 * state["mean_square"][i] + (1 - rule.beta2) * mean_square
+        state["mean_square"][i] = mean_square
+        # The floors keep the bank's padding, zero matrices with zero gradients, at zero instead of 0/0.
+        update = orthogonal / mean_square.clamp_min(1e-10).sqrt()
+        update = update * orthogonal.norm() / update.norm().clamp_min(1e-10)
+
+        lr = rule.lr * lr_factor
+        step = lr * rule.lr_muls[i % len(rule.lr_muls)] * max(1, rows / columns) ** 0.5
+        # The decay's factor holds lr_mul and the shape's factor once, inside step.
+        decay = torch.where(update * p >= 0, step * lr * rule.decay * rule.wd_mul * p, 0)
+        result[i] = p - step * update - decay
+    return result
+
+
+class ReferenceOptimizer:
+    """Section 4 in one process: `params`, float64, after each step; `table` names the rule of each, as TABLE does.
+
+    Where there is a split_step, params must hold head (d, V) and embed (V, d) with embed = headᵀ at the start.
+    """
+
+    def __init__(self, params: dict[str, Tensor], table: dict[str, Adam | NorMuon]) -> None:
+        self.params = {name: p.detach().double().clone() for name, p in params.items()}
+        self.table = table
+        self.state: dict[str, dict] = {name: {} for name in params}
+        self.accumulated = {name: torch.zeros_like(p) for name, p in self.params.items()}  # since Adam's last update
+
+    def step(
+        self,
+        gradients: dict[str, Tensor],
+        step: int,
+        lr_factor: float,
+        momentum: float,
+        split_step: int | None,
+    ) -> None:
+        """One training step, counted from 0, with the gradients that its own backward gave (for every parameter).
+
+        lr_factor: the schedule's multiplier of every lr. split_step (odd): the last step with embed tied to the head;
+        None: never tied.
+        """
+        tied = split_step is not None and step <= split_step
+        for name, p in self.params.items():
+            rule = self.table[name]
+            if isinstance(rule, NorMuon):
+                g = gradients[name].double()
+                self.params[name] = normuon_step(p, g, self.state[name], rule, lr_factor, momentum)
+            else:
+                self.accumulated[name] += gradients[name].double()
+
+        if step % 2 == 0:
+            return
+        if tied:
+            self.accumulated["head"] += self.accumulated["embed"].T
+        for name, p in self.params.items():
+            rule = self.table[name]
+            if isinstance(rule, NorMuon) or (tied and name == "embed"):
+                continue
+            self.params[name] = adam_step(p, self.accumulated[name], self.state[name], rule, lr_factor)
+        if tied:
+            self.params["embed"] = self.params["head"].T.clone()
+        if step == split_step:
+            head = self.state["head"]
+            self.state["embed"] = {"count": head["count"], "m": head["m"].T.clone(), "v": head["v"].T.clone()}
+        for g in self.accumulated.values():
+            g.zero_()

@@ -188,7 +188,6 @@ def test_tokens_before_the_first_bos_are_never_trained_on(tmp_path):
     """Catches: the head of a shard taken for a document."""
     data_dir = write_shards(tmp_path, [[7] * 500 + documents([30] * 20)])
     rows = Loader(track_with([(29, 99)], steps_each=1), data_dir, cpu()).next(0)
-    assert all(row.inputs[0] == BOS for row in rows) and all(7 not in row.inputs[1:2] for row in rows[:1])
     assert rows[0].inputs.tolist() == documents([30])[:29]
 
 
