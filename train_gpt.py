@@ -57,7 +57,9 @@ class ModelConfig:
     vocab_size: int
     """Number of tokens; the embedding and the head are padded to a multiple of vocab_multiple."""
     num_layers: int
+    """Layers, each with an MLP and, but for `without_attention`, attention."""
     num_heads: int
+    """Attention heads of a layer."""
     head_dim: int
     """Width of one head, a multiple of 4. The model is num_heads * head_dim wide."""
     without_attention: tuple[int, ...]
@@ -77,7 +79,9 @@ class ModelConfig:
     gate_dim: int = 12
     """How many leading dims of the stream all gates read."""
     mlp_ratio: int = 4
+    """Hidden width of the MLP in multiples of the width."""
     vocab_multiple: int = 128
+    """The vocabulary is padded to a multiple of this."""
     resid_lambda: float = 1.1
     """Initial weight of the residual stream at the entry of each layer."""
 
@@ -133,15 +137,17 @@ class Rule:
     """How one parameter is updated and communicated."""
 
     kind: Literal["adam", "normuon"]
+    """normuon: for banks of matrices; adam: for everything else."""
     sharded: bool
     """Sharded: reduce-scatter, update of the rank's part, all-gather. Else: all-reduce, full update on every rank."""
     lr_mul: tuple[float, ...] = (1.0,)
     """Multiplies the learning rate; in a bank several values repeat along its matrices (fc, proj, fc, proj, ...)."""
     wd_mul: float = 1.0
+    """Multiplies the weight decay."""
     betas: tuple[float, float] = (0.9, 0.99)
-    """Adam only."""
+    """Adam's decay rates of the running mean and mean square of the gradient."""
     eps: float = 1e-10
-    """Adam only."""
+    """Adam's guard against division by zero."""
 
 
 @dataclass(frozen=True)
@@ -170,9 +176,13 @@ class Rules:
 @dataclass(frozen=True)
 class OptimizerConfig:
     adam_lr: float = 0.008
+    """Learning rate of Adam, before the schedule's factor and lr_mul."""
     adam_decay: float = 0.005
+    """Cautious weight decay of Adam."""
     muon_lr: float = 0.023
+    """Learning rate of NorMuon, before the schedule's factor and lr_mul."""
     muon_decay: float = 1.2
+    """Cautious weight decay of NorMuon."""
     muon_beta2: float = 0.95
     """Of the running mean square by which NorMuon divides the rows of an orthogonalized update."""
     rules: Rules = field(default_factory=Rules)
@@ -197,11 +207,13 @@ class Stage:
 @dataclass(frozen=True)
 class Schedule:
     scheduled_steps: int
+    """Steps of the stages together."""
     extension_steps: int
     """Steps after the scheduled ones, at the final learning rate."""
     stages: tuple[Stage, ...]
     """Equal parts of the scheduled steps."""
     extension: Stage
+    """The stage of the extension steps; its learning rate does not cool."""
     final_long_window: int
     """Long window of the final validation, in tokens; it changes neither frequencies nor scale."""
     yarn_max_window: int = 1 << 30
@@ -211,6 +223,7 @@ class Schedule:
     cooldown: float = 0.5
     """Last part of the scheduled steps, in which the learning rate falls linearly to final_lr."""
     final_lr: float = 0.1
+    """Learning-rate factor at the end of the cooldown."""
     momentum: tuple[float, float] = (0.85, 0.95)
     """Muon's momentum at both ends of the run, and between."""
     momentum_steps: tuple[int, int] = (300, 50)
@@ -247,6 +260,7 @@ class DataConfig:
     val_tokens: int
     """The first so many tokens of the validation shards are predicted, all of them."""
     val_row_tokens: int
+    """Tokens per row of the validation stream."""
 
 
 @dataclass(frozen=True)
@@ -767,12 +781,13 @@ class GPT(nn.Module):
         }
         scalars = {
             "resid_lambda": torch.full((L,), config.resid_lambda),
-            "sa_lambda": torch.tensor([0.5, 1.0]).repeat(L, 1),  # of qkv and of the output
+            "sa_lambda": torch.tensor([0.5, 1.0]).repeat(L if num_attention else 0, 1),  # of qkv and of the output
             "x0_lambda": torch.zeros(L),
             "smear_lambda": torch.zeros(()),
             "skip_lambda": torch.full((num_skips,), -1.5),
-            "backout_lambda": torch.full((), 0.5),
         }
+        if config.backout_layer < L:
+            scalars["backout_lambda"] = torch.full((), 0.5)
         if config.second_embed:
             weights["embed2"] = torch.zeros(V, d)
             scalars["x02_lambda"] = torch.zeros(L)
@@ -1031,11 +1046,6 @@ class Loader:
     def __init__(self, track: Track, data_dir: Path, runtime: Runtime):
         self.track, self.runtime = track, runtime
         self.paths = find_shards(data_dir, "train", track.data)
-        if track.data.rows_per_step % runtime.world_size:
-            raise SpeedrunError(
-                f"{runtime.world_size} processes cannot share the {track.data.rows_per_step} rows of a step evenly: "
-                f"use a number of processes that divides it (NPROC=...), or change --data.rows-per-step."
-            )
         self.position = LoaderPosition()
         self._shards: dict[int, Shard] = {}
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="loader")
@@ -1127,11 +1137,6 @@ def validation_rows(track: Track, data_dir: Path, runtime: Runtime):
         if total <= data.val_tokens:
             shards.append(Shard(path, track.model.vocab_size, data.bos))
             total += len(shards[-1].tokens)
-    if total <= data.val_tokens:
-        raise SpeedrunError(
-            f"the validation shards in {data_dir} hold {total} tokens, but the loss is taken over {data.val_tokens} "
-            f"tokens and the one after them. Make or fetch them again: `{data.fetch}`."
-        )
     for shard in shards:
         shard.wait()
     tokens = shards[0].tokens if len(shards) == 1 else np.concatenate([shard.tokens for shard in shards])
@@ -1163,6 +1168,7 @@ class Options:
     val_every: int | None = None
     """Steps between validations, 0: only at the end. Default: that of the track."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: CUDA where there is a GPU."""
     dtype: Literal["auto", "bfloat16", "float32", "float64"] = "auto"
     """Of weights and activations. auto: bfloat16 on CUDA and on CPUs that multiply it in hardware, else float32."""
     compile: bool = field(default_factory=torch.cuda.is_available)
@@ -1369,7 +1375,7 @@ class Trainer:
         """One step. Returns this rank's part of the mean next-token loss, 0-dim on the device."""
         settings, num_rows = self.track.at(step), self.track.data.rows_per_step
         weights = self._weights(settings.prediction_weights)
-        total = torch.zeros((), device=self.runtime.device)
+        total = torch.zeros((), dtype=weights.dtype, device=self.runtime.device)
         for row in self.loader.next(step):
             loss, nll = self.model(row, settings, weights)
             (loss / num_rows).backward()
@@ -1418,6 +1424,7 @@ class Trainer:
         state, schedule = self.state(), self.track.schedule
         starts = [b for b in schedule.boundaries() if b < stop]
         for start in starts:
+            self.loader.position = state["loader"]
             for step in range(start, min(start + 2, stop)):  # an even and an odd step: Adam steps on odd ones
                 self.train_step(step)
             if self.runtime.compile and schedule.val_every:
@@ -1457,7 +1464,7 @@ def train(track: Track, options: Options, runtime: Runtime) -> float:
     data_dir = options.data_dir or Path(__file__).resolve().parent / "data" / track.data.dataset
     total_steps = track.schedule.total_steps
     stop = total_steps if options.max_steps is None else min(options.max_steps, total_steps)
-    check(track, data_dir, stop)
+    check(track, data_dir, runtime, stop)
     trainer = Trainer(track, runtime, data_dir, options.seed)
     log = RunLog(track, options, runtime)
     say = tqdm.write if runtime.rank == 0 else lambda line: None
@@ -1477,6 +1484,7 @@ def train(track: Track, options: Options, runtime: Runtime) -> float:
             clock.stop()
             val_loss = trainer.validate(track.validation_at(step))
             say(log.step(step, clock.elapsed, val_loss=val_loss))
+            require_finite("validation", val_loss, step, log)
             if step == stop:
                 break
             clock.start()
@@ -1488,10 +1496,7 @@ def train(track: Track, options: Options, runtime: Runtime) -> float:
         if len(losses) == LOSS_EVERY or step + 1 == stop:
             train_loss = runtime.sum(torch.stack(losses).mean()).item()
             losses.clear()
-            if not math.isfinite(train_loss):
-                message = f"the training loss is {train_loss} at or before step {step + 1}: training stops."
-                log.write(message)
-                raise SpeedrunError(f"{message} Lower the learning rates, or compare with --dtype float32.")
+            require_finite("training", train_loss, step + 1, log)
             log.step(step + 1, seconds, train_loss=train_loss)
             bar.set_postfix_str(f"loss {train_loss:.4f}, {tokens_seen / clock.read():,.0f} tokens/s")
     bar.close()
@@ -1499,23 +1504,42 @@ def train(track: Track, options: Options, runtime: Runtime) -> float:
     return val_loss
 
 
+def require_finite(kind: str, loss: float, step: int, log: RunLog) -> None:
+    """Stop the run where a loss is NaN or infinite: raises SpeedrunError, and says so in the log."""
+    if not math.isfinite(loss):
+        message = f"the {kind} loss is {loss} after {step} steps: the run stops."
+        log.write(message)
+        raise SpeedrunError(f"{message} Lower the learning rates, or compare with --dtype float32. Log: {log.path}")
+
+
 LOSS_EVERY = 10  # steps between reads of the training loss: each makes the host wait for the device
 
 
-def check(track: Track, data_dir: Path, stop: int) -> None:
-    """Refuse at once what cannot work: raises SpeedrunError for shapes that do not fit or too little training data."""
-    rows = track.data.rows_per_step
-    for stage in (*track.schedule.stages, track.schedule.extension):
-        if stage.tokens % rows:
-            raise SpeedrunError(f"a step of {stage.tokens} tokens cannot be cut into {rows} equal rows.")
-    need = sum(track.at(step).stage.tokens + rows for step in range(stop))
-    paths = find_shards(data_dir, "train", track.data)
-    have = sum(read_shard_header(path) for path in paths)
-    if have < need:
+def check(track: Track, data_dir: Path, runtime: Runtime, stop: int) -> None:
+    """Refuse at once what cannot work: raises SpeedrunError for numbers that do not fit, missing or too little data."""
+    data, schedule = track.data, track.schedule
+    stages = (*schedule.stages, schedule.extension)
+    if stop < 0 or schedule.scheduled_steps < 1 or min(data.rows_per_step, data.val_tokens, data.val_row_tokens) < 1:
+        raise SpeedrunError("steps, rows per step and validation tokens must be positive numbers.")
+    if data.rows_per_step % runtime.world_size:
         raise SpeedrunError(
-            f"too few tokens: the {len(paths)} training shards in {data_dir} hold {have:,}, but {stop} steps take at "
-            f"least {need:,}. Fetch more (`{track.data.fetch}`) or train fewer steps."
+            f"{runtime.world_size} processes cannot share the {data.rows_per_step} rows of a step evenly: use a number "
+            f"of processes that divides it (NPROC=...), or change --data.rows-per-step."
         )
+    for stage in stages:
+        if stage.tokens < 1 or stage.tokens % data.rows_per_step:
+            raise SpeedrunError(f"a step of {stage.tokens} tokens cannot be cut into {data.rows_per_step} equal rows.")
+    for split, need, purpose in (
+        ("train", sum(track.at(step).stage.tokens + data.rows_per_step for step in range(stop)), f"{stop} steps"),
+        ("val", data.val_tokens + 1, f"validation on {data.val_tokens:,} tokens"),
+    ):
+        paths = find_shards(data_dir, split, data)
+        have = sum(read_shard_header(path) for path in paths)
+        if have < need:
+            raise SpeedrunError(
+                f"too few tokens: the {split} shards in {data_dir} ({len(paths)} of them) hold {have:,}, but {purpose} "
+                f"take at least {need:,}. Fetch more: `{data.fetch}`."
+            )
 
 
 def finish(trainer: Trainer, log: RunLog, options: Options, seconds: float, val_loss: float, stop: int, say) -> None:
@@ -1583,11 +1607,12 @@ def main() -> None:
         runtime = Runtime.create(options)
         train(track, options, runtime)
     except SpeedrunError as error:
-        # All ranks meet the same mistakes (files, settings, reduced losses): one of them speaks.
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
-            if os.environ.get("TRAIN_GPT_ERROR_FILE"):
-                Path(os.environ["TRAIN_GPT_ERROR_FILE"]).write_text(f"error: {error}\n")
+        # Most mistakes are met by all ranks: rank 0 speaks, and torchrun ends the others before their turn comes.
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(5)
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        if os.environ.get("TRAIN_GPT_ERROR_FILE"):
+            Path(os.environ["TRAIN_GPT_ERROR_FILE"]).write_text(f"error: {error}\n")
         sys.exit(1)
     finally:
         if dist.is_initialized():
