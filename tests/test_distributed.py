@@ -1,56 +1,30 @@
-"""W = 1, 2, 4, 8 processes under torchrun: one and the same run.
-
-Run as a script (by torchrun), this file is the driver: it trains the tiny track and writes what each rank has.
-"""
+"""W = 1, 2, 4, 8 processes under torchrun: one and the same run."""
 
 import re
-import sys
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-from conftest import REPO, tiny_options, tiny_track, torchrun, write_tiny_data
+from conftest import REPO, cpu, tiny_options, tiny_track, torchrun, write_tiny_data
 
-from train_gpt import Options, Runtime, Trainer
+from train_gpt import Options, train
 
 WORLD_SIZES = (1, 2, 4, 8)
 
 
-def drive(data_dir: Path, out: Path, dtypes: list[str]) -> None:
-    """Train the tiny track to its end in each precision; rank r writes its state to `out`/DTYPE-r.pt."""
-    track, runtime = tiny_track(), Runtime.create(Options(device="cpu"))
-    for dtype in dtypes:
-        trainer = Trainer(track, replace(runtime, dtype=getattr(torch, dtype)), data_dir, seed=1)
-        losses, unties, moments = [], [], {}
-        for step in range(track.schedule.total_steps):
-            losses.append(runtime.sum(trainer.train_step(step).double()).item())
-            unties.append(track.at(step).unties)
-            if unties[-1]:
-                moments = {"untied_" + name: trainer.optimizer.state[name] for name in ("head", "embed")}
-                moments = {n: {k: t.clone() for k, t in s.items()} for n, s in moments.items()}
-        losses.append(trainer.validate(track.validation_at(track.schedule.total_steps)))
-        state = trainer.state()
-        optimizer = state["optimizer"] | moments
-        saved = {"losses": losses, "weights": state["weights"], "optimizer": optimizer, "loader": trainer.loader.position}
-        torch.save(saved, out / f"{dtype}-{runtime.rank}.pt")
-    if runtime.world_size > 1:
-        dist.destroy_process_group()
-
-
 @pytest.fixture(scope="module")
-def driven(tmp_path_factory):
-    """driven(W, dtype): what each of W ranks has after the run. Each W is launched once."""
+def driven(tmp_path_factory, tiny_data):
+    """driven(W, dtype): what each of W ranks has after a run of tests/drive.py. Each W is launched once."""
 
     @cache
     def launch(world_size: int) -> Path:
         out = tmp_path_factory.mktemp(f"world{world_size}")
-        data_dir = write_tiny_data(out / "data")
+        torch.save(tiny_track(), out / "track.pt")
         dtypes = ["float64", "float32"] + (["bfloat16"] if world_size <= 2 else [])
-        done = torchrun(world_size, __file__, data_dir, out, *dtypes)
+        script = Path(__file__).with_name("drive.py")
+        done = torchrun(world_size, script, out / "track.pt", tiny_data, out, *dtypes)
         assert done.returncode == 0, done.stderr[-4000:]
         return out
 
@@ -61,7 +35,7 @@ def driven(tmp_path_factory):
     return results
 
 
-TOLERANCE = {"float64": 1e-9, "float32": 2e-4, "bfloat16": 2e-2}
+TOLERANCE = {"float64": 1e-10, "float32": 5e-6, "bfloat16": 2e-3}  # measured: 4e-16, 2e-7, 2e-4
 CASES = [(w, d) for w in WORLD_SIZES[1:] for d in ("float64", "float32")] + [(2, "bfloat16")]
 
 
@@ -116,18 +90,19 @@ def check_padded(found: torch.Tensor, expected: torch.Tensor, name: str) -> None
     assert (found[n:] == 0).all(), name
 
 
-def test_the_command_gives_the_same_log_under_torchrun(tmp_path):
+def test_the_command_under_torchrun_logs_the_run_of_one_process(tmp_path, tiny_data, alone):
     """Catches: losses of rank 0's rows alone in the log, a log or verdict per rank, a hang at the end. The command is
     the one of run.sh, with warm-up, validations and sample."""
-    data_dir, lines = write_tiny_data(tmp_path / "data"), {}
-    words = ["--data-dir", data_dir, "--device", "cpu", "--dtype", "float32", "--val-every", "8", "--sample-tokens", "5"]
+    train(tiny_track(val_every=8), Options(data_dir=tiny_data, log_dir=tmp_path / "1", sample_tokens=5), cpu())
+    words = ["--device", "cpu", "--dtype", "float32", "--val-every", "8", "--sample-tokens", "5"]
+    words += ["--data-dir", tiny_data, "--log-dir", tmp_path / "2"]
+    done = torchrun(2, REPO / "train_gpt.py", "nano", *tiny_options(), *words)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert len(re.findall("^(reached|missed) ", done.stdout, re.M)) == 1
+    assert done.stdout.count("sample:") == 1
+    lines = {}
     for world_size in (1, 2):
-        logs = tmp_path / f"logs{world_size}"
-        done = torchrun(world_size, REPO / "train_gpt.py", "nano", *tiny_options(), *words, "--log-dir", logs)
-        assert done.returncode == 0, done.stderr[-4000:]
-        assert len(re.findall("^(reached|missed) ", done.stdout, re.M)) == 1
-        assert done.stdout.count("sample:") == 1
-        (log,) = logs.glob("*.txt")
+        (log,) = (tmp_path / str(world_size)).glob("*.txt")
         lines[world_size] = re.findall(r"^step:(\d+)/20 (\w+_loss):(\S+)", log.read_text(), re.M)
     assert [line[:2] for line in lines[1]] == [line[:2] for line in lines[2]]
     assert {"val_loss", "train_loss"} == {line[1] for line in lines[1]} and len(lines[1]) >= 6
@@ -136,25 +111,17 @@ def test_the_command_gives_the_same_log_under_torchrun(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("world_size", "words", "message"),
     [
-        (["nano", *tiny_options(), "--data-dir", "DATA"], "3 processes cannot share the 8 rows of a step"),
-        (["nano", *tiny_options(), "--data-dir", "NOWHERE"], "no shard *_train_*.bin in NOWHERE"),
-        (["tiny"], "unknown track 'tiny'"),
+        (3, ["nano", *tiny_options()], "3 processes cannot share the 8 rows of a step"),
+        (2, ["tiny"], "unknown track 'tiny'"),
     ],
 )
-def test_an_error_of_the_user_is_said_once_by_rank_0(tmp_path, words, message):
+def test_an_error_of_the_user_is_said_once_by_rank_0(tiny_data, tmp_path, world_size, words, message):
     """Catches: a message per rank, a traceback, a message lost because another rank ended first, a hang, exit code 0."""
-    data_dir = write_tiny_data(tmp_path / "data")
-    paths = {"DATA": str(data_dir), "NOWHERE": str(tmp_path / "nowhere")}
-    words = [paths.get(word, word) for word in words]
-    done = torchrun(3, REPO / "train_gpt.py", *words, timeout=120)
+    words = [*words, "--data-dir", tiny_data, "--log-dir", tmp_path, "--device", "cpu"]
+    done = torchrun(world_size, REPO / "train_gpt.py", *words, timeout=120)
     assert done.returncode != 0
     errors = re.findall("^error: .*", done.stderr, re.M)
-    assert len(errors) == 1 and message.replace("NOWHERE", paths["NOWHERE"]) in errors[0], done.stderr
-    said_by_ranks = done.stderr.split("ChildFailedError")[0]  # what follows is torchrun's own summary
-    assert "train_gpt.py\", line" not in said_by_ranks
-
-
-if __name__ == "__main__":
-    drive(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])
+    assert len(errors) == 1 and message in errors[0], done.stderr
+    assert 'train_gpt.py", line' not in done.stderr, done.stderr
