@@ -33,7 +33,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
-from torch.nn.attention.varlen import varlen_attn
 from tqdm import tqdm
 
 # torch 2.13 renamed two collectives.
@@ -422,7 +421,7 @@ NANO = Track(
         val_row_tokens=16_384,
     ),
     schedule=Schedule(
-        scheduled_steps=660,
+        scheduled_steps=480,
         extension_steps=10,
         stages=(
             Stage(1024, (64, 192), 1.0, ((1.0, 1.0), (0.5, 0.5), (0.25, 0.0))),
@@ -434,9 +433,7 @@ NANO = Track(
         momentum_steps=(100, 20),
         val_every=0,
     ),
-    optimizer=OptimizerConfig(
-        rules=replace(Rules(), value_embeds=Rule("adam", sharded=True, lr_mul=(10.0,), wd_mul=5.0, betas=(0.75, 0.95))),
-    ),
+    optimizer=OptimizerConfig(),
 )
 
 
@@ -472,7 +469,7 @@ def attention(
     On CUDA torch's varlen_attn: its own FlashAttention-2, or version 3 or 4 where one was activated.
     """
     if q.is_cuda:
-        return varlen_attn(
+        return torch.nn.attention.varlen.varlen_attn(
             q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scale, window_size=(window, 0)
         )
     return block_local_attention(q, k, v, cu_seqlens, scale, window)
@@ -486,32 +483,19 @@ def block_local_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, s
     T = q.size(0)
     block = min(64, T)
     num_blocks = -(-T // block)
-    back = min(-(-window // block), num_blocks - 1)  # blocks before its own that a query block can see
-    padded = num_blocks * block
+    back = block * min(-(-window // block), num_blocks - 1)  # keys before its own block that a query block can see
+    end = num_blocks * block - T  # padding after the row
 
-    def neighbourhoods(x: Tensor, fill: int = 0) -> Tensor:
-        """(T, ...) -> (num_blocks, (back + 1) * block, ...): every block with the `back` blocks before it."""
-        pad = (0, 0) * (x.dim() - 1)
-        blocks = F.pad(x, (*pad, back * block, padded - T), value=fill).unflatten(0, (-1, block))
-        return torch.cat([blocks[i : i + num_blocks] for i in range(back + 1)], dim=1)
+    position = torch.arange(T + end, dtype=cu_seqlens.dtype, device=q.device)
+    document_start = cu_seqlens[torch.searchsorted(cu_seqlens, position, right=True) - 1]
+    first_key = torch.maximum(document_start, position - window).view(num_blocks, block, 1)
+    key = F.pad(position, (back, 0), value=-1).unfold(0, back + block, block)[:, None]  # (num_blocks, 1, keys)
+    mask = (key >= first_key) & (key <= position.view(num_blocks, block, 1))
 
-    position = torch.arange(T, device=q.device)
-    document = torch.searchsorted(cu_seqlens, position.to(cu_seqlens.dtype), right=True)
-    key_position, key_document = neighbourhoods(position, -1)[:, None], neighbourhoods(document, -1)[:, None]
-    query_position = F.pad(position, (0, padded - T), value=-1).view(num_blocks, block, 1)
-    query_document = F.pad(document, (0, padded - T), value=-1).view(num_blocks, block, 1)
-    distance = query_position - key_position
-    mask = (distance >= 0) & (distance <= window) & (query_document == key_document)  # (num_blocks, block, keys)
-
-    queries = F.pad(q, (0, 0, 0, 0, 0, padded - T)).unflatten(0, (num_blocks, block))
-    out = F.scaled_dot_product_attention(
-        queries.transpose(1, 2),
-        neighbourhoods(k).transpose(1, 2),
-        neighbourhoods(v).transpose(1, 2),
-        attn_mask=mask[:, None],
-        scale=scale,
-    )  # (num_blocks, heads, block, D)
-    return out.transpose(1, 2).flatten(0, 1)[:T]
+    queries = F.pad(q, (0, 0, 0, 0, 0, end)).unflatten(0, (num_blocks, block)).transpose(1, 2)
+    keys, values = (F.pad(x, (0, 0, 0, 0, back, end)).unfold(0, back + block, block).mT for x in (k, v))
+    out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask[:, None], scale=scale)
+    return out.transpose(1, 2).flatten(0, 1)[:T]  # from (num_blocks, heads, block, D)
 
 
 def relu_squared_mlp(h: Tensor, fc: Tensor, proj: Tensor) -> Tensor:
@@ -1272,13 +1256,13 @@ def keep_freed_memory() -> None:
 
 def activate_flash_attention() -> str:
     """Let varlen_attn run FlashAttention-3 or -4 where one is installed and the GPU can; returns which one runs."""
-    from torch.nn.attention import activate_flash_attention_impl
+    import torch.nn.attention.varlen  # here, because it takes 1.4 s that a CPU run need not wait for
 
     major = torch.cuda.get_device_capability()[0]
     for version, majors in (("FA3", (9,)), ("FA4", (9, 10))):
         if major in majors:
             try:
-                activate_flash_attention_impl(version)
+                torch.nn.attention.activate_flash_attention_impl(version)
                 return version
             except (ImportError, RuntimeError, ValueError):
                 continue  # not installed

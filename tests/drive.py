@@ -1,6 +1,6 @@
 """What test_distributed.py runs in every process: train a track to its end and write down what this rank has.
 
-    torchrun ... tests/drive.py TRACK.pt DATA_DIR OUT_DIR DTYPE...
+torchrun ... tests/drive.py TRACK.pt DATA_DIR OUT_DIR DTYPE...
 """
 
 import sys

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import BOS, cpu, documents, text_like, write_shard
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import train_gpt
-from train_gpt import NANO, Loader, LoaderPosition, Shard, SpeedrunError, Stage, Track, validation_rows
+from train_gpt import NANO, Loader, LoaderPosition, Shard, SpeedrunError, Stage, Track, check, validation_rows
 
 
 class NaiveStream:
@@ -54,7 +54,9 @@ class NaiveStream:
         raise EOFError
 
 
-def track_with(stages: list[tuple[int, int]], steps_each: int, rows: int = 8, val_tokens: int = 64, val_row=16) -> Track:
+def track_with(
+    stages: list[tuple[int, int]], steps_each: int, rows: int = 8, val_tokens: int = 64, val_row=16
+) -> Track:
     """A track whose stages, each of `steps_each` steps, have these (tokens per row, max_doc_len)."""
     stages = tuple(Stage(rows * n, (4, 8), 1.0, ((1.0, 1.0),), max_doc_len) for n, max_doc_len in stages)
     schedule = replace(
@@ -77,7 +79,7 @@ def as_tuple(row: train_gpt.Row) -> tuple:
 def check_row(row: train_gpt.Row, pieces: list[list[int]], n: int, max_doc_len: int) -> None:
     """A row of the loader says what the naive pieces say."""
     tokens = [token for piece in pieces for token in piece]
-    assert row.inputs.tolist() == tokens[:n] and row.inputs.dtype == torch.int32
+    assert row.inputs.tolist() == tokens[:n] and row.inputs.dtype == torch.int64
     assert row.targets.tolist() == tokens[1:] and row.targets.dtype == torch.int64
     starts = np.cumsum([0] + [len(piece) for piece in pieces[:-1]]).tolist()
     padding = [n] * (len(row.cu_seqlens) - len(starts))
@@ -321,8 +323,21 @@ def test_a_missing_folder_names_the_folder_and_the_command(tmp_path):
 def test_processes_that_cannot_share_the_rows_are_refused(tmp_path):
     """Catches: rows left out silently, and another stream than that of W = 1."""
     write_shards(tmp_path, [GOOD])
+    write_shards(tmp_path, [GOOD], split="val")
+    track = track_with([(6, 9)], steps_each=1)
+    check(track, tmp_path, cpu(rank=1, world_size=4), stop=1)
     with pytest.raises(SpeedrunError, match="3 processes cannot share the 8 rows"):
-        Loader(track_with([(6, 9)], steps_each=1), tmp_path, cpu(rank=1, world_size=3))
+        check(track, tmp_path, cpu(rank=1, world_size=3), stop=1)
+
+
+def test_a_run_needs_the_tokens_of_its_steps_and_no_more(tmp_path):
+    """Catches: a run that finds out at its end that its data do not suffice. 2 steps of 8 rows take 7 tokens each."""
+    write_shards(tmp_path, [GOOD[:100], GOOD[:12]])
+    write_shards(tmp_path, [GOOD], split="val")
+    track = track_with([(6, 9)], steps_each=50)
+    check(track, tmp_path, cpu(), stop=2)
+    with pytest.raises(SpeedrunError, match=r"too few tokens.*112.*3 steps.*168"):
+        check(track, tmp_path, cpu(), stop=3)
 
 
 @settings(max_examples=80, deadline=None)
@@ -336,15 +351,13 @@ def test_validation_predicts_the_first_val_tokens_once_each(shards, part, val_ro
     """Catches: tokens left out or counted twice at row or shard ends, rows aligned to BOS, a last row dropped, ranks
     that see the same rows, attention across documents, a target taken from the wrong place."""
     stream = [token for tokens in shards for token in tokens]
+    assume(len(stream) > 1)
     val_tokens = max(1, int(part * (len(stream) - 1)))
     track = track_with([(6, 9)], steps_each=1, val_tokens=val_tokens, val_row=val_row)
     with TemporaryDirectory() as folder:
-        write_shards(Path(folder), shards, split="val")
-        if len(stream) < val_tokens + 1:
-            with pytest.raises(SpeedrunError, match="hold 1 tokens"):
-                list(validation_rows(track, Path(folder), cpu()))
-            return
-        per_rank = [list(validation_rows(track, Path(folder), cpu(rank=r, world_size=world_size))) for r in range(world_size)]
+        data_dir = write_shards(Path(folder), shards, split="val")
+        runtimes = [cpu(rank=rank, world_size=world_size) for rank in range(world_size)]
+        per_rank = [list(validation_rows(track, data_dir, runtime)) for runtime in runtimes]
     num_rows = -(-val_tokens // val_row)
     rows = [per_rank[i % world_size][i // world_size] for i in range(num_rows)]
     assert sum(len(rank) for rank in per_rank) == num_rows
@@ -360,7 +373,8 @@ def test_validation_predicts_the_first_val_tokens_once_each(shards, part, val_ro
 
 def test_too_few_validation_tokens_are_counted_in_the_message(tmp_path):
     """Catches: a mean over fewer tokens than the track says. The last of val_tokens inputs needs one token more."""
+    write_shards(tmp_path, [GOOD])
     write_shards(tmp_path, [GOOD[:40], GOOD[:25]], split="val")
-    list(validation_rows(track_with([(6, 9)], 1, val_tokens=64), tmp_path, cpu()))
-    with pytest.raises(SpeedrunError, match=r"hold 65 tokens.*65 tokens and the one after"):
-        list(validation_rows(track_with([(6, 9)], 1, val_tokens=65), tmp_path, cpu()))
+    check(track_with([(6, 9)], 1, val_tokens=64), tmp_path, cpu(), stop=1)
+    with pytest.raises(SpeedrunError, match=r"too few tokens: the val shards.*hold 65.*65 tokens.* 66"):
+        check(track_with([(6, 9)], 1, val_tokens=65), tmp_path, cpu(), stop=1)

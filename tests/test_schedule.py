@@ -203,7 +203,8 @@ def test_val_every_zero_means_only_at_the_end():
 
 
 @pytest.mark.parametrize(
-    "words", [["--no-such-option", "1"], ["--model.no-such 1"], ["--seed", "x"], ["--dtype", "float8"], ["more", "words"]]
+    "words",
+    [["--no-such-option", "1"], ["--model.no-such 1"], ["--seed", "x"], ["--dtype", "float8"], ["more", "words"]],
 )
 def test_a_wrong_option_exits_with_2_and_is_named(words, capsys):
     """Catches: a misspelt option that is ignored while the run goes on with the default."""

@@ -1,0 +1,511 @@
+"""The run: warm-up, clock, log, validation, errors, as SPEC section 6 and the command line promise them."""
+
+import math
+import re
+import shutil
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import BOS, REPO, cpu, documents, run_process, tiny_options, tiny_track, write_shard
+
+import train_gpt
+from train_gpt import Options, Row, SpeedrunError, Trainer, train
+
+LINE = re.compile(
+    r"step:(?P<step>\d+)/(?P<total>\d+) ((?P<kind>val_loss|train_loss):(?P<loss>\d+\.\d{4}) )?"
+    r"train_time:(?P<ms>\d+)ms step_avg:(?P<average>\d+\.\d\d)ms"
+)
+
+
+def assert_same(a, b, path: str = "state") -> None:
+    """Equal bit for bit, through dicts, tensors and plain values."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a:
+            assert_same(a[key], b[key], f"{path}.{key}")
+    elif isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype and torch.equal(a, b), path
+    else:
+        assert a == b, path
+
+
+def steps(trainer: Trainer, begin: int, end: int) -> list[float]:
+    return [trainer.train_step(step).item() for step in range(begin, end)]
+
+
+def run(track, log_dir: Path, data_dir: Path, dtype=torch.float32, **options) -> str:
+    """Train in this process; returns the log."""
+    before = set(log_dir.glob("*.txt"))
+    options = {"sample_tokens": 0, **options}
+    train(track, Options(data_dir=data_dir, log_dir=log_dir, **options), cpu(dtype))
+    (path,) = set(log_dir.glob("*.txt")) - before
+    return path.read_text(encoding="utf-8")
+
+
+def lines_of(log: str) -> list[re.Match]:
+    """The step lines of a log; every line after the second rule that begins like one must parse."""
+    body = log.split("\n" + "=" * 100 + "\n")[-1].splitlines()
+    found = [LINE.fullmatch(line) for line in body if line.startswith("step:")]
+    assert found and all(found)
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Warm-up and reproducibility
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("dtype", "stop"), [(torch.float32, 20), (torch.bfloat16, 20), (torch.float32, 9)])
+def test_a_run_with_warm_up_equals_one_without(tiny_data, dtype, stop):
+    """Catches: anything that the warm-up leaves behind: weights, momenta, low halves, gradients waiting for Adam, the
+    loader's place or its prefetch, a tied embedding, the random generator. Bit for bit, over the whole run."""
+    plain, warmed = (Trainer(tiny_track(), cpu(dtype), tiny_data, seed=5) for _ in range(2))
+    torch.rand(3)
+    generator = torch.get_rng_state()
+    warmed.warm_up(stop)
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert all(p.grad is None for p in warmed.params.values())
+    assert_same(dict(warmed.model.named_parameters()), dict(plain.model.named_parameters()))
+    assert steps(warmed, 0, stop) == steps(plain, 0, stop)
+    assert_same(warmed.state(), plain.state())
+    settings = plain.track.validation_at(stop)
+    assert warmed.validate(settings) == plain.validate(settings)
+
+
+def test_the_warm_up_runs_every_shape_and_precision_of_the_run(tiny_data, monkeypatch):
+    """Catches: a stage whose compilation would fall into the clock. Both parities matter: Adam steps on odd steps."""
+    track = tiny_track()
+    trainer, seen = Trainer(track, cpu(), tiny_data, seed=5), []
+    original = Trainer.train_step
+    monkeypatch.setattr(Trainer, "train_step", lambda self, step: (seen.append(step), original(self, step))[1])
+    trainer.warm_up(track.schedule.total_steps)
+    of_run = {(track.at(s).stage.tokens, track.at(s).windows, s % 2) for s in range(track.schedule.total_steps)}
+    assert {(track.at(s).stage.tokens, track.at(s).windows, s % 2) for s in seen} == of_run
+    seen.clear()
+    trainer.warm_up(3)
+    assert max(seen) < 3
+
+
+def test_the_warm_up_needs_no_more_data_than_the_run(tmp_path):
+    """Catches: "shards have run out" before a short run for which the shards suffice."""
+    track = tiny_track(scheduled_steps=3, extension_steps=1)
+    need = sum(track.at(step).stage.tokens + 8 for step in range(4))
+    write_shard(tmp_path / "x_train_000001.bin", documents([200] * math.ceil(need / 9)))
+    write_shard(tmp_path / "x_val_000001.bin", documents([50] * 20))
+    exact = tiny_track(scheduled_steps=3, extension_steps=1)
+    stages = tuple(replace(stage, max_doc_len=1000) for stage in exact.schedule.stages)
+    exact = replace(exact, schedule=replace(exact.schedule, stages=stages, extension=stages[-1]))
+    lengths = [exact.at(step).stage.tokens // 8 + 1 for step in range(4) for _ in range(8)]
+    write_shard(tmp_path / "x_train_000001.bin", documents(lengths))
+    run(exact, tmp_path / "cold", tmp_path, warmup=False)
+    run(exact, tmp_path / "warm", tmp_path, warmup=True)
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(tiny_data):
+    """Catches: an unseeded generator, weights that ignore --seed, a hidden dependence on what ran before."""
+    first, again, other = (Trainer(tiny_track(), cpu(), tiny_data, seed) for seed in (3, 3, 4))
+    losses = steps(first, 0, 8)
+    torch.rand(100)  # other users of the global generator must not matter
+    assert steps(again, 0, 8) == losses
+    assert_same(first.state() | {"rng": None}, again.state() | {"rng": None})
+    assert steps(other, 0, 8) != losses
+    for name in ("head", "attn_bank", "mlp_bank"):
+        assert not torch.equal(first.params[name], other.params[name])
+
+
+def test_a_saved_state_goes_on_as_if_nothing_had_happened(tiny_data):
+    """Catches: a sixth kind of state. Saved after step 8, put into a fresh trainer, trained on across the untie step."""
+    trainer = Trainer(tiny_track(), cpu(torch.bfloat16), tiny_data, seed=0)
+    steps(trainer, 0, 8)
+    state = trainer.state()
+    losses = steps(trainer, 8, 20)
+    resumed = Trainer(tiny_track(), cpu(torch.bfloat16), tiny_data, seed=9)
+    resumed.load_state(state)
+    assert steps(resumed, 8, 20) == losses
+    assert_same(resumed.state() | {"rng": None}, trainer.state() | {"rng": None})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Log
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole_log(tiny_data, tmp_path_factory) -> str:
+    return run(tiny_track(val_every=8), tmp_path_factory.mktemp("logs"), tiny_data, seed=11)
+
+
+def test_the_log_is_the_source_the_environment_the_settings_and_the_lines(whole_log):
+    """Catches: a record that cannot be run again: source not first or altered, a number of the track not resolved."""
+    source = Path(train_gpt.__file__).read_text(encoding="utf-8")
+    assert whole_log.startswith(source)
+    head, environment, body = whole_log.split("\n" + "=" * 100 + "\n")
+    assert head.rstrip("\n") == source.rstrip("\n")
+    for said in (torch.__version__, np.__version__, sys.version.split()[0], "float32", "cpu"):
+        assert said in environment
+    settings = dict(line.split(": ", 1) for line in environment.splitlines() if ": " in line)
+    track = tiny_track(val_every=8)
+    expected = {
+        "name": "nano",
+        "seed": 11,
+        "target_loss": track.target_loss,
+        "model.num_layers": 5,
+        "model.head_dim": 8,
+        "data.rows_per_step": 8,
+        "data.bos": BOS,
+        "schedule.scheduled_steps": 18,
+        "schedule.val_every": 8,
+        "schedule.stages.1.tokens": track.schedule.stages[1].tokens,
+        "schedule.stages.0.windows": track.schedule.stages[0].windows,
+        "schedule.extension.tokens": 192,
+        "optimizer.muon_lr": track.optimizer.muon_lr,
+        "optimizer.rules.head.betas": track.optimizer.rules.head.betas,
+    }
+    assert {key: settings.get(key) for key in expected} == {key: str(value) for key, value in expected.items()}
+    assert re.fullmatch(r"peak memory allocated: \d+ MiB reserved: \d+ MiB", body.splitlines()[-1])
+    assert "incomplete" not in body
+
+
+def test_every_line_of_a_step_parses_and_adds_up(whole_log):
+    """Catches: a format that the field's tools cannot read; step_avg and train_time that contradict each other."""
+    lines = lines_of(whole_log)
+    for line in lines:
+        step, ms, average = int(line["step"]), int(line["ms"]), float(line["average"])
+        assert line["total"] == "20"
+        assert average * max(step, 1) == pytest.approx(ms, abs=0.5 + 0.006 * max(step, 1))
+    times = [int(line["ms"]) for line in lines]
+    assert times == sorted(times)
+    plain = [int(line["step"]) for line in lines if not line["kind"]]
+    assert plain == list(range(1, 21))
+
+
+def test_validation_comes_every_so_many_steps_and_at_the_end(whole_log, tiny_data, tmp_path):
+    """Catches: a validation after the wrong number of updates, left out at the end, or in it twice."""
+
+    def validated(log: str) -> list[int]:
+        return [int(line["step"]) for line in lines_of(log) if line["kind"] == "val_loss"]
+
+    assert validated(whole_log) == [0, 8, 16, 20]
+    assert validated(run(tiny_track(val_every=0), tmp_path, tiny_data)) == [20]
+    assert validated(run(tiny_track(val_every=5), tmp_path, tiny_data)) == [0, 5, 10, 15, 20]
+
+
+def test_the_logged_losses_are_those_of_the_steps(whole_log, tiny_data):
+    """Catches: a mean over the wrong steps or rows; a validation before or after the update it is logged for."""
+    trainer, track = Trainer(tiny_track(), cpu(), tiny_data, seed=11), tiny_track()
+    losses, validations = [], {}
+    for step in range(21):
+        if step in (0, 8, 16, 20):
+            validations[step] = trainer.validate(track.validation_at(step))
+        if step < 20:
+            losses.append(trainer.train_step(step).item())
+    begin = 0
+    for line in lines_of(whole_log):
+        step = int(line["step"])
+        if line["kind"] == "train_loss":
+            assert float(line["loss"]) == pytest.approx(np.mean(losses[begin:step]), abs=6e-5)
+            begin = step
+        elif line["kind"] == "val_loss":
+            assert float(line["loss"]) == pytest.approx(validations[step], abs=6e-5)
+    assert begin == 20
+
+
+def test_max_steps_stops_early_and_marks_the_log(tiny_data, tmp_path, capsys):
+    """Catches: a short run that passes for a record; a final validation with the window of the whole run's end."""
+    log = run(tiny_track(), tmp_path, tiny_data, max_steps=7)
+    assert re.search(r"^incomplete run: stopped after 7 of 20 steps", log, re.M)
+    assert log.splitlines()[-1].startswith("peak memory allocated")
+    assert [int(line["step"]) for line in lines_of(log) if not line["kind"]] == list(range(1, 8))
+    assert "incomplete: 7 of 20" in capsys.readouterr().out
+    assert "incomplete run:" not in run(tiny_track(), tmp_path, tiny_data, max_steps=99).split("=" * 100)[-1]
+
+
+def test_the_clock_counts_training_only(tiny_data, tmp_path, monkeypatch):
+    """Catches: warm-up, validation or the sample in the official time. Here each costs a million times a step's second
+    on a clock of our own."""
+    clock = SimpleNamespace(now=0.0)
+    fake = SimpleNamespace(perf_counter=lambda: clock.now, strftime=time.strftime, time=time.time, sleep=time.sleep)
+    monkeypatch.setattr(train_gpt, "time", fake)
+
+    def costs(seconds: float, method):
+        def timed(self, *args, **kwargs):
+            clock.now += seconds
+            return method(self, *args, **kwargs)
+
+        return timed
+
+    for name, seconds in (("warm_up", 1e6), ("validate", 1e6), ("sample", 1e6), ("train_step", 1.0)):
+        monkeypatch.setattr(Trainer, name, costs(seconds, getattr(Trainer, name)))
+    log = run(tiny_track(val_every=6), tmp_path, tiny_data, sample_tokens=3)
+    for line in lines_of(log):
+        assert int(line["ms"]) == 1000 * int(line["step"])
+
+
+def test_the_terminal_shows_verdict_log_and_sample(tiny_data, tmp_path, capsys):
+    """Catches: a user who does not learn whether the target was reached, or where the log is."""
+    log_dir = tmp_path / "logs"
+    run(replace(tiny_track(), target_loss=100.0), log_dir, tiny_data, sample_tokens=20, max_steps=2)
+    shown = capsys.readouterr().out
+    (path,) = log_dir.glob("*.txt")
+    assert re.search(r"^reached 100\.0 in \d+\.\d s: validation loss \d\.\d{4}", shown, re.M)
+    assert f"log: {path}" in shown and "sample:\n" in shown
+    run(replace(tiny_track(), target_loss=0.1), log_dir, tiny_data, max_steps=2)
+    assert "missed 0.1 in" in capsys.readouterr().out
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Validation and sample
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_validation_is_the_mean_cross_entropy_of_the_stream(tiny_data):
+    """Catches: a loss averaged over rows instead of tokens (the last row is shorter), several prediction weights in
+    it, a document boundary ignored. The rows are cut here, from the files, and the entropy taken from the logits."""
+    track = tiny_track()
+    trainer = Trainer(track, cpu(torch.float64), tiny_data, seed=2)
+    steps(trainer, 0, 4)
+    shards = sorted(tiny_data.glob("*_val_*.bin"))
+    stream = np.concatenate([np.fromfile(path, dtype="<u2", offset=1024) for path in shards]).astype(np.int64)
+    for step in (4, 20):
+        settings, total = track.validation_at(step), 0.0
+        for begin in range(0, 700, 96):
+            tokens = stream[begin : min(begin + 96, 700) + 1]
+            n = len(tokens) - 1
+            starts = [0] + [i for i in range(1, n) if tokens[i] == BOS] + [n]
+            inputs = torch.from_numpy(tokens[:-1].copy())
+            row = Row(inputs, torch.from_numpy(tokens[1:].copy()), torch.tensor(starts, dtype=torch.int32), n)
+            logits = trainer.model.logits(row, settings).numpy()
+            log_probs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+            total -= log_probs[np.arange(n), tokens[1:]].sum()
+        assert trainer.validate(settings) == pytest.approx(total / 700, rel=1e-12)
+
+
+def test_validation_changes_nothing(tiny_data):
+    """Catches: gradients, optimizer state or loader moved by a validation between steps."""
+    quiet, checked = (Trainer(tiny_track(), cpu(), tiny_data, seed=2) for _ in range(2))
+    for step in range(4):
+        checked.validate(checked.track.validation_at(step))
+        assert checked.train_step(step).item() == quiet.train_step(step).item()
+    assert_same(checked.state(), quiet.state())
+
+
+def test_the_sample_is_of_its_seed_and_inside_the_vocabulary(tiny_data):
+    """Catches: padded vocabulary entries sampled, a sample that moves the run's random generator."""
+    trainer = Trainer(tiny_track(), cpu(), tiny_data, seed=2)
+    settings, generator = trainer.track.validation_at(20), torch.get_rng_state()
+    first, again, other = (trainer.sample(settings, 30, seed, context=16) for seed in (1, 1, 2))
+    assert first == again != other and len(first) == 30
+    assert all(0 <= token < 257 for token in first)
+    assert torch.equal(torch.get_rng_state(), generator)
+
+
+def test_bytes_decode_to_text():
+    """Catches: the BOS token of the byte vocabulary passed to bytes(), or a broken character that raises."""
+    assert train_gpt.decode([104, 105, 256, 195, 164], 257) == "hiä"
+    assert train_gpt.decode([255], 257) == "�"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Errors of the user
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def command(alone, monkeypatch, capfd, tmp_path):
+    """command(*options): run the command line in this process -> (exit code, stdout, stderr, logs)."""
+
+    def call(*words, data_dir, track=("nano",)):
+        words = [*track, *tiny_options(), "--device", "cpu", "--dtype", "float32", "--sample-tokens", "0", *words]
+        words += ["--data-dir", data_dir, "--log-dir", tmp_path / "logs"]
+        monkeypatch.setattr(sys, "argv", ["train_gpt.py", *(str(word) for word in words)])
+        code = 0
+        try:
+            train_gpt.main()
+        except SystemExit as stop:
+            code = stop.code
+        shown = capfd.readouterr()
+        return code, shown.out, shown.err, [path.read_text() for path in (tmp_path / "logs").glob("*.txt")]
+
+    return call
+
+
+def assert_one_message(code: int, err: str, *parts: str) -> None:
+    assert code == 1
+    assert err.count("error:") == 1 and "Traceback" not in err
+    message = err[err.index("error:") :]
+    assert message.count("\n") == 1, "one line, and the last"
+    for part in parts:
+        assert re.search(part, message), (part, message)
+
+
+def spoilt(folder: Path, good: Path, split: str, how: str) -> Path:
+    shutil.copytree(good, folder)
+    path = folder / f"tiny_{split}_000002.bin"
+    data = path.read_bytes()
+    if how == "truncated":
+        path.write_bytes(data[:-100])
+    elif how == "magic":
+        path.write_bytes(b"\x01\x02\x03\x04" + data[4:])
+    elif how == "token":
+        path.write_bytes(data[:-2] + b"\x01\x01")
+    return folder
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize(("how", "said"), [("truncated", "bytes, but its header says"), ("magic", "expected 20240520")])
+def test_a_damaged_shard_stops_the_run_before_it_begins(command, tiny_data, tmp_path, split, how, said):
+    """Catches: a run lost at its end to a shard that was bad from the start; a traceback instead of a message."""
+    code, _, err, logs = command(data_dir=spoilt(tmp_path / "data", tiny_data, split, how))
+    assert_one_message(code, err, rf"tiny_{split}_000002\.bin", said)
+    assert not any("step:" in log.split("=" * 100)[-1] for log in logs)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_token_outside_the_vocabulary_stops_the_run(command, tiny_data, tmp_path, split):
+    """Catches: an IndexError of the embedding, or garbage learnt. The second shard is read in the course of the run."""
+    code, _, err, logs = command(data_dir=spoilt(tmp_path / "data", tiny_data, split, "token"))
+    assert_one_message(code, err, rf"tiny_{split}_000002\.bin", r"token 257\b", "257 tokens")
+    assert logs[0].startswith('"""')
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_too_few_tokens_are_refused_at_once(command, tiny_data, tmp_path, split):
+    """Catches: a run that ends in its middle though the headers told. Found and needed numbers are said."""
+    shutil.copytree(tiny_data, tmp_path / "data")
+    for path in (tmp_path / "data").glob(f"*_{split}_*.bin"):
+        write_shard(path, documents([20] * 5))
+    code, _, err, _ = command(data_dir=tmp_path / "data")
+    assert_one_message(code, err, "too few tokens", split, r"\b200\b", "python data/nano.py")
+
+
+def test_shards_that_run_out_on_the_way_end_the_run_and_keep_its_log(command, tiny_data, tmp_path):
+    """Catches: a second epoch in silence. The headers suffice here, but long documents are cut to max_doc_len."""
+    shutil.copytree(tiny_data, tmp_path / "data")
+    for path in (tmp_path / "data").glob("*_train_*.bin"):
+        write_shard(path, documents([1000] * 6))
+    code, _, err, logs = command("--no-warmup", data_dir=tmp_path / "data")
+    assert_one_message(code, err, "run out", "No data is ever repeated")
+    assert logs[0].startswith('"""')
+
+
+def test_a_missing_folder_is_named_with_the_command_that_makes_it(command, tmp_path):
+    """Catches: an IndexError on an empty list of shards."""
+    code, _, err, logs = command(data_dir=tmp_path / "nothing")
+    assert_one_message(code, err, str(tmp_path / "nothing"), "python data/nano.py")
+    assert not logs
+
+
+@pytest.mark.parametrize("when", ["--max-steps 20", "--max-steps 1"])
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_its_log(command, tiny_data, when):
+    """Catches: hours of training on NaN; a NaN of the last update that ends as "missed" with exit code 0 (with one
+    step the training loss is still fine, only the validation sees the weights)."""
+    words = ("--optimizer.muon-lr", "1e30", "--optimizer.adam-lr", "1e30", "--val-every", "0", *when.split())
+    code, _, err, logs = command(*words, data_dir=tiny_data)
+    assert_one_message(code, err, r"loss is (nan|inf)")
+    (log,) = logs
+    assert log.startswith('"""') and re.search(r"^step:1/20 train_time", log, re.M)
+    assert re.search(r"loss is (nan|inf)", log.split("=" * 100)[-1]), "the log says why it ends"
+    assert "peak memory allocated:" not in log.split("=" * 100)[-1]
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        ("--max-steps -1", ()),
+        ("--data.rows-per-step 0", ()),
+        ("--schedule.scheduled-steps 0", ()),
+        ("--schedule.stages.0.tokens 100", ("100", "8 equal rows")),
+        ("--model.num-layers 0", ("num_layers 0",)),
+        ("--model.head-dim 6", ("head_dim 6", "multiple of 4")),
+        ("--model.num-heads 3", ("num_heads 3", "even")),
+        ("--model.skips 3 1", ("later layer",)),
+        ("--model.gate-dim 17", ("gate_dim 17", "width 16")),
+        ("--log-dir /proc/no/such", ("/proc/no/such", "--log-dir")),
+    ],
+)
+def test_numbers_that_cannot_work_are_refused_in_a_sentence(command, tiny_data, words, parts, monkeypatch):
+    """Catches: a ZeroDivisionError or a shape mismatch from deep inside."""
+    if "--log-dir" in words:
+        if sys.platform != "linux":
+            pytest.skip("needs /proc")
+        monkeypatch.setattr(train_gpt.Options, "log_dir", Path("/proc/no/such"))
+        with pytest.raises(SpeedrunError, match="/proc/no/such.*--log-dir"):
+            train(tiny_track(), Options(data_dir=tiny_data, log_dir=Path("/proc/no/such")), cpu())
+        return
+    code, _, err, _ = command(*words.split(), data_dir=tiny_data)
+    assert_one_message(code, err, *parts)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU where there is none")
+def test_cuda_without_a_gpu_is_refused(command, tiny_data):
+    """Catches: a page of torch's traceback for a laptop's most likely mistake."""
+    code, _, err, _ = command("--device", "cuda", data_dir=tiny_data)
+    assert_one_message(code, err, "no CUDA device", "--device cpu")
+
+
+def test_the_launcher_learns_the_log_and_the_error(command, tiny_data, tmp_path, monkeypatch):
+    """Catches: a run.sh that cannot show the message last, or cannot plot the log."""
+    monkeypatch.setenv("TRAIN_GPT_LOG_PATH_FILE", str(tmp_path / "log_path"))
+    monkeypatch.setenv("TRAIN_GPT_ERROR_FILE", str(tmp_path / "error"))
+    code, *_, logs = command("--max-steps", "1", data_dir=tiny_data)
+    assert code == 0 and Path((tmp_path / "log_path").read_text()).read_text() == logs[0]
+    assert not (tmp_path / "error").exists()
+    _, _, err, _ = command(data_dir=tmp_path / "nothing")
+    assert (tmp_path / "error").read_text().strip() == err[err.index("error:") :].strip()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# As processes
+# ----------------------------------------------------------------------------------------------------------------------
+
+IMPORT = """
+import os, sys, time
+import torch, tyro, tqdm, numpy  # what these do on import is not ours
+import torch.nn.attention.varlen
+def world():
+    return [dict(os.environ), os.listdir(), torch.get_rng_state().tolist(), torch.get_default_dtype(),
+            torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(), sys.argv,
+            torch.get_float32_matmul_precision(), torch.is_grad_enabled(), torch.cuda.is_initialized(),
+            torch.distributed.is_available() and torch.distributed.is_initialized()]
+before = world()
+import train_gpt
+assert world() == before
+print(time.process_time())
+"""
+
+
+def test_importing_takes_under_5_seconds_and_does_nothing(tmp_path):
+    """Catches: a run, a process group, a seed, a thread count or a file made by `import train_gpt`. The time is that of
+    the whole process, torch included, in CPU seconds: other work on the machine does not count."""
+    script = tmp_path / "import_it.py"
+    script.write_text(IMPORT)
+    done = run_process([sys.executable, script])
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "" and re.fullmatch(r"\d+\.\d+\n", done.stdout)
+    assert float(done.stdout) < 5
+
+
+def test_a_damaged_shard_gives_no_traceback_in_a_real_process(tiny_data, tmp_path):
+    """Catches: threads that print on their own, warnings at exit, a hang of the background reader."""
+    data_dir = spoilt(tmp_path / "data", tiny_data, "train", "token")
+    words = [*tiny_options(), "--data-dir", data_dir, "--log-dir", tmp_path / "logs", "--device", "cpu"]
+    done = run_process([sys.executable, REPO / "train_gpt.py", "nano", *words], timeout=120)
+    assert_one_message(done.returncode, done.stderr, r"tiny_train_000002\.bin", "token 257")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g++")), reason="torch.compile needs a C++ compiler")
+def test_compiled_losses_equal_eager_ones(tiny_data):
+    """Catches: a graph break (fullgraph), or a compiled path that computes something else, across stages."""
+    track = tiny_track()
+    track = replace(track, model=replace(track.model, num_layers=1))
+    eager, compiled = (Trainer(track, replace(cpu(), compile=c), tiny_data, seed=0) for c in (False, True))
+    assert steps(compiled, 0, 2) == pytest.approx(steps(eager, 0, 2), rel=1e-5)
+    settings = track.validation_at(2)
+    assert compiled.validate(settings) == pytest.approx(eager.validate(settings), rel=1e-5)
