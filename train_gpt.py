@@ -421,7 +421,7 @@ NANO = Track(
         val_row_tokens=16_384,
     ),
     schedule=Schedule(
-        scheduled_steps=480,
+        scheduled_steps=440,
         extension_steps=10,
         stages=(
             Stage(1024, (64, 192), 1.0, ((1.0, 1.0), (0.5, 0.5), (0.25, 0.0))),
@@ -1082,8 +1082,8 @@ class Loader:
         return made, LoaderPosition(shard_index, after)
 
     def _row(self, shard: Shard, pieces: list[slice], n: int, max_doc_len: int) -> Row:
-        starts = np.cumsum([0] + [piece.stop - piece.start for piece in pieces[:-1]])
-        tokens = np.concatenate([shard.tokens[piece] for piece in pieces])
+        starts = np.cumsum([0, *(piece.stop - piece.start for piece in pieces[:-1])])
+        tokens = np.concatenate([shard.tokens[piece] for piece in pieces], dtype=np.int64)
         return make_row(tokens, starts, min(max_doc_len, n), pin=self.runtime.device.type == "cuda")
 
 
@@ -1107,7 +1107,7 @@ def make_row(tokens: np.ndarray, starts: np.ndarray, max_seqlen: int, pin: bool)
         capacity *= 2
     cu_seqlens = np.full(capacity, n, dtype=np.int32)
     cu_seqlens[: len(starts)] = starts
-    tensors = torch.from_numpy(tokens.astype(np.int64)), torch.from_numpy(cu_seqlens)
+    tensors = torch.from_numpy(tokens.astype(np.int64, copy=False)), torch.from_numpy(cu_seqlens)
     packed, starts = (t.pin_memory() for t in tensors) if pin else tensors
     return Row(packed[:-1], packed[1:], starts, max_seqlen)
 
@@ -1598,6 +1598,9 @@ def main() -> None:
         if os.environ.get("TRAIN_GPT_ERROR_FILE"):
             Path(os.environ["TRAIN_GPT_ERROR_FILE"]).write_text(f"error: {error}\n")
         sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted: the log so far is kept", file=sys.stderr)
+        sys.exit(130)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

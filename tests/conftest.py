@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ import train_gpt  # noqa: E402 - only now is it on the path
 from train_gpt import NANO, Runtime, Track  # noqa: E402
 
 BOS = 256
+LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "TRAIN_GPT_LOG_PATH_FILE", "TRAIN_GPT_ERROR_FILE")
 
 
 def write_shard(path: Path, tokens, magic: int = 20240520, version: int = 1, count: int | None = None) -> Path:
@@ -89,9 +91,14 @@ def tiny_options() -> list[str]:
     return words
 
 
+@cache
+def parsed_tiny_options() -> Track:
+    return train_gpt.parse_command(["nano", *tiny_options()])[0]
+
+
 def tiny_track(**data_or_schedule) -> Track:
     """The track of `tiny_options`, with further fields of its schedule or data replaced."""
-    track = train_gpt.parse_command(["nano", *tiny_options()])[0]
+    track = parsed_tiny_options()
     schedule = {k: v for k, v in data_or_schedule.items() if hasattr(track.schedule, k)}
     data = {k: v for k, v in data_or_schedule.items() if k not in schedule}
     return replace(track, schedule=replace(track.schedule, **schedule), data=replace(track.data, **data))
@@ -101,11 +108,10 @@ def cpu(dtype: torch.dtype = torch.float32, rank: int = 0, world_size: int = 1) 
     return Runtime(torch.device("cpu"), rank, world_size, dtype)
 
 
-def run_process(command: list, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess:
+def run_process(command: list, timeout: float = 300) -> subprocess.CompletedProcess:
     """Run a command on one thread, outside any process group of the tests; its output is captured as text."""
-    alien = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "TRAIN_GPT_LOG_PATH_FILE", "TRAIN_GPT_ERROR_FILE")
-    env = {k: v for k, v in os.environ.items() if k not in alien}
-    env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO), "TORCHINDUCTOR_COMPILE_THREADS": "1", **environment}
+    env = {k: v for k, v in os.environ.items() if k not in LAUNCHER_VARIABLES}
+    env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
     return subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=timeout, env=env)
 
 
@@ -122,6 +128,6 @@ def tiny_data(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def alone(monkeypatch) -> None:
-    """As a plain `python train_gpt.py` sees the environment: no launcher around it, and one thread."""
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "TRAIN_GPT_LOG_PATH_FILE", "TRAIN_GPT_ERROR_FILE"):
+    """As a plain `python train_gpt.py` sees the environment: no launcher around it."""
+    for name in LAUNCHER_VARIABLES:
         monkeypatch.delenv(name, raising=False)

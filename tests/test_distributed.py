@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import REPO, cpu, tiny_options, tiny_track, torchrun, write_tiny_data
+from conftest import REPO, cpu, tiny_options, tiny_track, torchrun
 
 from train_gpt import Options, train
 
@@ -118,7 +118,7 @@ def test_the_command_under_torchrun_logs_the_run_of_one_process(tmp_path, tiny_d
     ],
 )
 def test_an_error_of_the_user_is_said_once_by_rank_0(tiny_data, tmp_path, world_size, words, message):
-    """Catches: a message per rank, a traceback, a message lost because another rank ended first, a hang, exit code 0."""
+    """Catches: a message per rank, a traceback, a message lost as another rank ended first, a hang, exit code 0."""
     words = [*words, "--data-dir", tiny_data, "--log-dir", tmp_path, "--device", "cpu"]
     done = torchrun(world_size, REPO / "train_gpt.py", *words, timeout=120)
     assert done.returncode != 0

@@ -180,10 +180,20 @@ def test_row_shapes_are_static_within_a_stage(tmp_path):
 
 
 def test_more_documents_than_the_static_capacity_still_make_a_right_row(tmp_path):
-    """Catches: document starts cut off (attention across documents) or an index error, in rows of BOS-only documents."""
+    """Catches: document starts cut off (attention across documents) or an index error, in rows of BOS alone."""
     data_dir = write_shards(tmp_path, [documents([1] * 9000)])
     row = Loader(track_with([(1000, 9)], steps_each=1), data_dir, cpu()).next(0)[0]
     check_row(row, [[BOS]] * 1001, 1000, 9)
+
+
+@pytest.mark.parametrize("num_documents", [127, 128, 129, 130])
+def test_a_row_that_fills_the_static_capacity_still_ends_its_last_document(tmp_path, num_documents):
+    """Catches: a last document without an end, where the starts leave no room for the padding. The capacity is 129."""
+    lengths = [1] * (num_documents - 1) + [300]
+    data_dir = write_shards(tmp_path, [documents(lengths * 8)])
+    row = Loader(track_with([(200, 999)], steps_each=1), data_dir, cpu()).next(0)[0]
+    pieces = [[BOS]] * (num_documents - 1) + [documents(lengths)[num_documents - 1 : 201]]
+    check_row(row, pieces, 200, 999)
 
 
 def test_tokens_before_the_first_bos_are_never_trained_on(tmp_path):

@@ -1,4 +1,4 @@
-"""Optimizer: Polar Express, NorMuon and Adam against SVD, plain float64 formulas of SPEC section 4 and golden numbers."""
+"""Optimizer: Polar Express against SVD, NorMuon and Adam against plain float64 formulas, all against golden numbers."""
 
 import math
 from dataclasses import dataclass, field, replace
@@ -151,8 +151,8 @@ class PlainAdam:
 class FreeRules(Rules):
     """Rules for parameters that the tests make up."""
 
-    bank: Rule = Rule("normuon", sharded=True, lr_mul=(1.0, 2.0))
-    numbers: Rule = Rule("adam", sharded=False, lr_mul=(5.0,), wd_mul=3.0, betas=(0.65, 0.95))
+    bank: Rule = field(default=Rule("normuon", sharded=True, lr_mul=(1.0, 2.0)))
+    numbers: Rule = field(default=Rule("adam", sharded=False, lr_mul=(5.0,), wd_mul=3.0, betas=(0.65, 0.95)))
 
 
 FREE = OptimizerConfig(rules=FreeRules())
@@ -286,7 +286,7 @@ def test_padding_matrices_of_a_bank_stay_zero(dtype):
 class GoldenRules(Rules):
     """The golden numbers keep all scalars but x0_lambda in one vector."""
 
-    scalars: Rule = Rule("adam", sharded=False, lr_mul=(5.0,), wd_mul=0.0)
+    scalars: Rule = field(default=Rule("adam", sharded=False, lr_mul=(5.0,), wd_mul=0.0))
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,12 @@
 import dataclasses
 import math
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from conftest import cpu, documents, tiny_options, tiny_track, write_shard
+from conftest import cpu, documents, tiny_track, write_shard
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -57,8 +57,18 @@ def test_small_has_the_steps_and_validations_of_the_spec():
 
 @pytest.mark.parametrize(
     ("step", "momentum"),
-    [(0, 0.85), (1, 0.85 + 0.1 / 300), (150, 0.9), (299, 0.85 + 29.9 / 300), (300, 0.95), (301, 0.95), (1714, 0.95)]
-    + [(1715, 0.95), (1716, 0.948), (1740, 0.9), (LAST, 0.852)],
+    [
+        (0, 0.85),
+        (1, 0.85 + 0.1 / 300),
+        (150, 0.9),
+        (299, 0.85 + 29.9 / 300),
+        (300, 0.95),
+        (301, 0.95),
+        (1715, 0.95),
+        (1716, 0.948),
+        (1740, 0.9),
+        (LAST, 0.852),
+    ],
 )
 def test_momentum_rises_over_300_steps_and_falls_over_the_last_50(step, momentum):
     """Catches: a fall that ends with the scheduled steps instead of the run, or a ramp off by one."""
@@ -66,7 +76,7 @@ def test_momentum_rises_over_300_steps_and_falls_over_the_last_50(step, momentum
 
 
 def test_small_unties_at_step_1151():
-    """Catches: an even untie step, on which Adam does not step and there is nothing to hand over; a hand-over repeated."""
+    """Catches: an even untie step, on which Adam does not step; a hand-over repeated."""
     assert [step for step in range(LAST + 1) if SMALL.at(step).unties] == [1151]
     assert [SMALL.at(step).tied for step in (0, 1150, 1151, 1152, LAST)] == [True, True, True, False, False]
 
@@ -86,7 +96,7 @@ def test_adam_steps_on_odd_steps_only():
 def yarn_reference(head_dim: int, long_windows: list[int]) -> tuple[np.ndarray, float]:
     """Frequencies and softmax scale after these long windows, in tokens (SPEC section 3)."""
     f, scale = (1 / 1024) ** np.linspace(0, 1, head_dim // 4), 0.1
-    for a, b in zip(long_windows, long_windows[1:], strict=False):
+    for a, b in pairwise(long_windows):
         rotations, s = a * f / (2 * np.pi), a / b
         w = np.clip((rotations - 1) / 31, 0, 1)
         f, scale = f * (s + w * (1 - s)), scale * (1 + 0.2 * np.log(b / a))
@@ -256,7 +266,7 @@ def test_a_track_of_two_layers_trains(name, tmp_path):
 
 
 def test_the_tiny_track_of_the_tests_crosses_all_changes():
-    """Catches: an edit of `nano` after which the tests of the run no longer pass stages, untying and every technique."""
+    """Catches: an edit of `nano` after which the tests no longer pass stages, untying and every technique."""
     track = tiny_track()
     s = track.schedule
     assert s.total_steps == 20 and s.untie_step == 13 and len(s.stages) >= 2
@@ -265,4 +275,3 @@ def test_the_tiny_track_of_the_tests_crosses_all_changes():
     assert any(layer.paired for layer in layers) and any(layer.long for layer in layers)
     assert any(layer.value for layer in layers) and any(layer.skips for layer in layers)
     assert any(layer.attention is None for layer in layers) and track.model.backout_layer < track.model.num_layers
-    assert tiny_options() == tiny_options() and torch.get_default_dtype() == torch.float32
