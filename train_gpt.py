@@ -21,6 +21,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -103,9 +104,9 @@ class ModelConfig:
             )
         if any(source >= target for source, target in self.skips):
             raise SpeedrunError(f"model.skips {self.skips}: a skip must lead to a later layer.")
-        values = [(layer, table) for layer, table in self.value_embeds if layer < L]
         skips = [(source, target) for source, target in self.skips if target < L]
         with_attention = [i for i in range(L) if i not in self.without_attention]
+        values = [(layer, table) for layer, table in self.value_embeds if layer in with_attention]
         return tuple(
             Layer(
                 attention=with_attention.index(i) if i in with_attention else None,
@@ -424,12 +425,12 @@ NANO = Track(
         scheduled_steps=440,
         extension_steps=10,
         stages=(
-            Stage(1024, (64, 192), 1.0, ((1.0, 1.0), (0.5, 0.5), (0.25, 0.0))),
-            Stage(1536, (64, 256), 1.0, ((1.0, 1.0), (0.5, 0.0))),
-            Stage(2048, (64, 320), 1.0, ((1.0, 1.0),)),
+            Stage(1024, (64, 128), 1.0, ((1.0, 1.0), (0.5, 0.5), (0.25, 0.0))),
+            Stage(1536, (64, 192), 1.0, ((1.0, 1.0), (0.5, 0.0))),
+            Stage(2048, (64, 256), 1.0, ((1.0, 1.0),)),
         ),
-        extension=Stage(2048, (64, 384), 0.1, ((1.0, 1.0),)),
-        final_long_window=512,
+        extension=Stage(2048, (64, 320), 0.1, ((1.0, 1.0),)),
+        final_long_window=384,
         momentum_steps=(100, 20),
         val_every=0,
     ),
@@ -594,6 +595,11 @@ class Optimizer:
         self.order = sorted(params, key=lambda name: (rules[name].sharded, -params[name].numel()))
         self.state: dict[str, dict[str, Tensor]] = {}
         for name, p in params.items():
+            if rules[name].sharded and p.numel() % runtime.world_size:
+                raise SpeedrunError(
+                    f"{runtime.world_size} processes cannot cut {name} {tuple(p.shape)} into equal pieces: use "
+                    f"fewer, or another width or vocabulary padding (--model.vocab-multiple)."
+                )
             piece = self._piece(name, p)
             wide = torch.promote_types(p.dtype, torch.float32)
             zeros = lambda *shape, dtype=wide, p=p: torch.zeros(shape, dtype=dtype, device=p.device)
@@ -1112,21 +1118,24 @@ def make_row(tokens: np.ndarray, starts: np.ndarray, max_seqlen: int, pin: bool)
     return Row(packed[:-1], packed[1:], starts, max_seqlen)
 
 
-def validation_rows(track: Track, data_dir: Path, runtime: Runtime):
-    """Yield this rank's rows of the validation stream: every W-th row of the first val_tokens tokens, contiguous."""
-    data = track.data
-    paths = find_shards(data_dir, "val", data)
+def validation_tokens(track: Track, data_dir: Path) -> np.ndarray:
+    """The validation stream and the token after it, uint16. Raises SpeedrunError if a shard is missing or damaged."""
     shards, total = [], 0
-    for path in paths:
-        if total <= data.val_tokens:
-            shards.append(Shard(path, track.model.vocab_size, data.bos))
+    for path in find_shards(data_dir, "val", track.data):
+        if total <= track.data.val_tokens:
+            shards.append(Shard(path, track.model.vocab_size, track.data.bos))
             total += len(shards[-1].tokens)
     for shard in shards:
         shard.wait()
-    tokens = shards[0].tokens if len(shards) == 1 else np.concatenate([shard.tokens for shard in shards])
+    return np.concatenate([shard.tokens for shard in shards])[: track.data.val_tokens + 1]
+
+
+def validation_rows(track: Track, data_dir: Path, runtime: Runtime) -> Iterator[Row]:
+    """Yield this rank's rows of the validation stream: every W-th row of the first val_tokens tokens, contiguous."""
+    data, tokens = track.data, validation_tokens(track, data_dir)
     n = data.val_row_tokens
     for begin in range(runtime.rank * n, data.val_tokens, runtime.world_size * n):
-        row = tokens[begin : min(begin + n, data.val_tokens) + 1]
+        row = tokens[begin : begin + n + 1]
         starts = np.union1d(0, np.flatnonzero(row[:-1] == data.bos))
         made = make_row(row, starts, len(row) - 1, pin=False)
         yield made.to(runtime)
@@ -1417,7 +1426,7 @@ class Trainer:
             self.validate(self.track.validation_at(stop), max_rows=1)
         self.load_state(state)
 
-    def sample(self, settings: Settings, num_tokens: int, seed: int, context: int = 256) -> list[int]:
+    def sample(self, settings: Settings, num_tokens: int, seed: int, context: int = 192) -> list[int]:
         """Continue an empty document by `num_tokens` tokens drawn from the model, which sees the last `context`."""
         generator = torch.Generator().manual_seed(seed)
         tokens = [self.track.data.bos]
@@ -1524,6 +1533,7 @@ def check(track: Track, data_dir: Path, runtime: Runtime, stop: int) -> None:
                 f"too few tokens: the {split} shards in {data_dir} ({len(paths)} of them) hold {have:,}, but {purpose} "
                 f"take at least {need:,}. Fetch more: `{data.fetch}`."
             )
+    validation_tokens(track, data_dir)  # damage is better found now than at the end
 
 
 def finish(trainer: Trainer, log: RunLog, options: Options, seconds: float, val_loss: float, stop: int, say) -> None:

@@ -161,13 +161,18 @@ def test_a_restored_position_replays_the_same_rows(shards, before, after, first)
         assert take(elsewhere, before, after) == expected
 
 
-def test_a_prefetch_of_another_step_at_the_same_position_is_not_used(tmp_path):
-    """Catches: a prefetch recognized by its position alone, while the stage has changed."""
+def test_a_prefetch_for_another_step_or_place_is_not_used(tmp_path):
+    """Catches: a prefetch recognized by its position alone, while the stage has changed, or by its step alone, while
+    the position was restored."""
     data_dir = write_shards(tmp_path, [documents([10] * 400)])
     track = track_with([(6, 100), (12, 100)], steps_each=2)
     loader = Loader(track, data_dir, cpu())
-    loader.next(0)  # prefetches step 1, of the first stage
+    first = loader.next(0)  # prefetches step 1, of the first stage
     assert loader.next(2)[0].inputs.numel() == 12
+    loader.position = LoaderPosition()
+    loader.next(0)
+    loader.position = LoaderPosition()
+    assert as_tuple(loader.next(1)[0]) == as_tuple(first[0])
 
 
 def test_row_shapes_are_static_within_a_stage(tmp_path):

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import cpu, documents, tiny_track, write_shard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train_gpt import NANO, SMALL, SpeedrunError, Trainer, parse_command
+from train_gpt import GPT, NANO, SMALL, SpeedrunError, Trainer, make_row, parse_command
 
 GOLDEN = np.load(Path(__file__).parent / "golden_optimizer.npz")
 LAST = 1764
@@ -263,6 +264,17 @@ def test_a_track_of_two_layers_trains(name, tmp_path):
     losses = [trainer.train_step(step).item() for step in range(4)]
     assert losses[-1] < losses[0]
     assert trainer.params["mlp_bank"].shape[0] == 4
+
+
+@pytest.mark.parametrize("track", [NANO, SMALL], ids=lambda track: track.name)
+def test_every_depth_has_gradients_for_all_its_parameters(track):
+    """Catches: a parameter of a layer that is not there (its skip, backout, value embedding): its step would fail."""
+    for num_layers in range(1, track.model.num_layers + 1):
+        model = replace(track.model, num_layers=num_layers, num_heads=2, head_dim=8, vocab_size=300)
+        gpt = GPT(model, cpu())
+        row = make_row(np.arange(33), np.array([0, 20]), 32, pin=False)
+        gpt(row, replace(track, model=model).at(0), torch.ones(2))[0].backward()
+        assert [name for name, p in gpt.named_parameters() if p.grad is None] == [], num_layers
 
 
 def test_the_tiny_track_of_the_tests_crosses_all_changes():

@@ -1,6 +1,6 @@
 """Throughput of the two things that a run waits for: training steps of `nano` on this CPU, and the loader of `small`.
 
-    python tests/benchmarks/throughput.py [nano] [loader] [--threads N]
+    python tests/benchmarks/throughput.py [nano|loader|both] [--threads N]
 
 nano: ms/step and tokens/s per stage, medians. loader: seconds to the first batch and tokens/s at the batch of `small`'s
 last stage, on one core, from freshly written shards of 100M tokens with FineWeb-like document lengths.
@@ -59,7 +59,7 @@ def write_shard(path: Path, tokens: int, rng: np.random.Generator) -> None:
         body.tofile(file)
 
 
-def time_loader(num_shards: int = 3, shard_tokens: int = 100_000_000) -> None:
+def time_loader(num_shards: int = 5, shard_tokens: int = 100_000_000) -> None:
     """Print the time to the first batch and the sustained rate, on one core."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[0]})
@@ -87,14 +87,14 @@ def time_loader(num_shards: int = 3, shard_tokens: int = 100_000_000) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", choices=["nano", "loader"], default=["nano", "loader"])
+    parser.add_argument("what", nargs="?", choices=["nano", "loader", "both"], default="both")
     parser.add_argument("--threads", type=int, help="threads of torch; default: all cores")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    if "nano" in arguments.what:
+    if arguments.what in ("nano", "both"):
         time_nano()
-    if "loader" in arguments.what:
+    if arguments.what in ("loader", "both"):
         time_loader()
 
 
