@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import functools
 import math
 import os
 import platform
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -425,12 +427,12 @@ NANO = Track(
         scheduled_steps=440,
         extension_steps=10,
         stages=(
-            Stage(1024, (64, 128), 1.0, ((1.0, 1.0), (0.5, 0.5), (0.25, 0.0))),
-            Stage(1536, (64, 192), 1.0, ((1.0, 1.0), (0.5, 0.0))),
-            Stage(2048, (64, 256), 1.0, ((1.0, 1.0),)),
+            Stage(1024, (64, 192), 1.0, ((1.0, 1.0), (0.5, 0.5), (0.25, 0.0))),
+            Stage(1536, (64, 256), 1.0, ((1.0, 1.0), (0.5, 0.0))),
+            Stage(2048, (64, 320), 1.0, ((1.0, 1.0),)),
         ),
-        extension=Stage(2048, (64, 320), 0.1, ((1.0, 1.0),)),
-        final_long_window=384,
+        extension=Stage(2048, (64, 384), 0.1, ((1.0, 1.0),)),
+        final_long_window=512,
         momentum_steps=(100, 20),
         val_every=0,
     ),
@@ -444,7 +446,7 @@ NANO = Track(
 
 
 def norm(x: Tensor) -> Tensor:
-    """RMSNorm over the last dimension, no learned weight, epsilon of the dtype."""
+    """RMSNorm over the last dimension, no learned weight, epsilon of the dtype in which it computes."""
     return F.rms_norm(x, (x.size(-1),))
 
 
@@ -594,6 +596,7 @@ class Optimizer:
         # Small replicated parameters first (nothing waits for them), then the largest, whose gathers take longest.
         self.order = sorted(params, key=lambda name: (rules[name].sharded, -params[name].numel()))
         self.state: dict[str, dict[str, Tensor]] = {}
+        self.lr_mul: dict[str, Tensor] = {}  # of banks: (n, 1, 1), one per matrix of this rank's piece
         for name, p in params.items():
             if rules[name].sharded and p.numel() % runtime.world_size:
                 raise SpeedrunError(
@@ -605,6 +608,10 @@ class Optimizer:
             zeros = lambda *shape, dtype=wide, p=p: torch.zeros(shape, dtype=dtype, device=p.device)
             if rules[name].kind == "normuon":
                 n, r, c = piece.shape
+                first = runtime.rank * n if rules[name].sharded else 0
+                cycle = rules[name].lr_mul
+                lr_mul = torch.tensor([cycle[(first + i) % len(cycle)] for i in range(n)], dtype=wide)
+                self.lr_mul[name] = lr_mul.to(runtime.device).view(n, 1, 1)
                 self.state[name] = {
                     "momentum": zeros(n, r, c),
                     "mean_square": zeros(n, r, 1) if r >= c else zeros(n, 1, c),
@@ -625,11 +632,12 @@ class Optimizer:
     def step(self, settings: Settings) -> None:
         """Apply the gradients in `.grad` and clear them; Adam's parameters wait for odd steps and accumulate."""
         p = self.params
-        due = [n for n in self.order if self.rules[n].kind == "normuon" or settings.adam_steps]
-        if settings.tied and settings.adam_steps:
+        mirrored = settings.tied and settings.adam_steps  # the head is updated for both, embed follows
+        if mirrored:
             p["head"].grad += p["embed"].grad.T
             p["embed"].grad = None
-            due.remove("embed")
+        due = [n for n in self.order if self.rules[n].kind == "normuon" or settings.adam_steps]
+        due = [n for n in due if not (mirrored and n == "embed")]
         reduces = {name: self._reduce(name) for name in due}
         gathers = []
         for name in due:
@@ -648,7 +656,7 @@ class Optimizer:
                 gathers.append(all_gather_single(p[name].data.view(-1), piece.flatten().clone(), async_op=True))
         for work in gathers:
             work.wait()
-        if settings.tied and settings.adam_steps:
+        if mirrored:
             p["embed"].data.copy_(p["head"].data.T)
         if settings.unties:
             self._hand_over_head_state()
@@ -672,19 +680,11 @@ class Optimizer:
         update = grad.lerp(state["momentum"], settings.momentum)
         update = polar_express(update.to(self.params[name].dtype)).to(master.dtype)
         update = normalize_rows(update, state["mean_square"], c.muon_beta2)
-        n, rows, cols = master.shape
-        first = self.runtime.rank * n if rule.sharded else 0
-        lr_mul = [rule.lr_mul[(first + i) % len(rule.lr_mul)] for i in range(n)]
-        step = self._per_matrix(lr_mul, master) * (lr * math.sqrt(max(1, rows / cols)))
+        rows, cols = master.shape[1:]
+        step = self.lr_mul[name] * (lr * math.sqrt(max(1, rows / cols)))
         # Cautious decay (arXiv:2510.12402): only where the step shrinks the weight anyway.
         decay = master * (update * master >= 0) * (lr * c.muon_decay * rule.wd_mul)
         master.sub_((update + decay) * step)
-
-    def _per_matrix(self, values: list[float], like: Tensor) -> Tensor | float:
-        """One factor per matrix of a bank, (n, 1, 1); a plain number where all are the same."""
-        if len(set(values)) == 1:
-            return values[0]
-        return self.runtime.to_device(torch.tensor(values, dtype=like.dtype)).view(-1, 1, 1)
 
     def _adam(self, name: str, master: Tensor, grad: Tensor, settings: Settings) -> None:
         """Bias-corrected Adam with cautious decay. All tensors are flat."""
@@ -788,9 +788,11 @@ class GPT(nn.Module):
             if value.numel():
                 wide = torch.promote_types(runtime.dtype, torch.float32)
                 self.register_parameter(name, nn.Parameter(value.to(runtime.device, wide)))
-        self._row_loss = (
-            torch.compile(self._row_loss, dynamic=False, fullgraph=True) if runtime.compile else self._row_loss
-        )
+        if runtime.compile:
+            # A graph per stage, with and without gradients, and one for the final validation: 9 for `small`, 1 over
+            # the limit of torch.
+            torch._dynamo.config.recompile_limit = 64
+            self._row_loss = torch.compile(self._row_loss, dynamic=False, fullgraph=True)
 
     def forward(self, row: Row, settings: Settings, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Training loss of a row summed over its tokens, and the plain next-token loss summed likewise (detached).
@@ -803,15 +805,18 @@ class GPT(nn.Module):
             row.cu_seqlens,
             row.max_seqlen,
             settings.windows,
-            settings.frequencies,
+            self._rotary_tables(row, settings),
             settings.attn_scale,
             weights,
         )
 
-    def _row_loss(self, inputs, targets, cu_seqlens, max_seqlen, windows, frequencies, attn_scale, weights):
-        x = self.hidden(inputs, cu_seqlens, max_seqlen, windows, frequencies, attn_scale)
+    def _rotary_tables(self, row: Row, settings: Settings) -> tuple[Tensor, Tensor]:
+        return rotary_tables(settings.frequencies, 2 * len(row.inputs), row.inputs.device, self.embed.dtype)
+
+    def _row_loss(self, inputs, targets, cu_seqlens, max_seqlen, windows, tables, attn_scale, weights):
+        x = self.hidden(inputs, cu_seqlens, max_seqlen, windows, tables, attn_scale)
         ahead = torch.stack([F.pad(targets[k:], (0, k), value=-1) for k in range(weights.numel())])  # (K, T)
-        # Without gradients (validation) the logits of a long row need not exist all at once.
+        # Without gradients (validation) the logits of a long row need not exist at once: 16,384 x 50,304 take 3.3 GB.
         chunk = x.size(0) if torch.is_grad_enabled() else 16384
         total = nll = 0
         for xs, ts in zip(x.split(chunk), ahead.split(chunk, dim=1), strict=True):
@@ -825,12 +830,11 @@ class GPT(nn.Module):
         cu_seqlens: Tensor,  # int32
         max_seqlen: int,
         windows: tuple[int, int],
-        frequencies: tuple[float, ...],
+        tables: tuple[Tensor, Tensor],  # cos and sin for 2T positions
         attn_scale: float,
     ) -> Tensor:  # (T, d)
         """The normed stream from which the head predicts."""
         c, T, g = self.config, tokens.size(0), self.config.gate_dim
-        tables = rotary_tables(frequencies, 2 * T, tokens.device, self.embed.dtype)
         # The banks are taken apart once: indexing them layer by layer would make each backward write a whole bank.
         num_attention = sum(layer.attention is not None for layer in self.layers)
         attn_bank = self.attn_bank[: 4 * num_attention].split((3, 1) * num_attention) if num_attention else ()
@@ -899,11 +903,12 @@ class GPT(nn.Module):
     @torch.no_grad()
     def logits(self, row: Row, settings: Settings) -> Tensor:
         """Logits (T, V) of a row after the soft-cap, at least float32."""
-        s = settings
-        x = self.hidden(row.inputs, row.cu_seqlens, row.max_seqlen, s.windows, s.frequencies, s.attn_scale)
+        tables = self._rotary_tables(row, settings)
+        x = self.hidden(row.inputs, row.cu_seqlens, row.max_seqlen, settings.windows, tables, settings.attn_scale)
         return softcapped(x @ self.head)
 
 
+@functools.lru_cache(maxsize=2)  # a training and a validation row; recomputed inside the graph they cost more
 def rotary_tables(
     frequencies: tuple[float, ...], positions: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
@@ -943,6 +948,15 @@ def read_shard_header(path: Path) -> int:
     return count
 
 
+def check_tokens(path: Path, tokens: np.ndarray, begin: int, vocab_size: int) -> None:
+    """Raise SpeedrunError where tokens, which stand at position `begin` of a shard, are not of the vocabulary."""
+    if len(tokens) and (largest := int(tokens.max())) >= vocab_size:
+        raise SpeedrunError(
+            f"{path}: token {largest} at or after position {begin}, but the vocabulary has {vocab_size} tokens. The "
+            f"shard is damaged or made for another track."
+        )
+
+
 class Shard:
     """One shard file, read, checked and indexed by a background thread, chunk by chunk.
 
@@ -963,18 +977,14 @@ class Shard:
 
     def _scan(self) -> None:
         try:
-            with open(self.path, "rb", buffering=0) as file:
+            with open(self.path, "rb") as file:
                 file.seek(4 * HEADER_INTS)
                 for begin in range(0, len(self.tokens), self.CHUNK):
                     chunk = self.tokens[begin : begin + self.CHUNK]
                     read = file.readinto(chunk.view(np.uint8))
                     if read != chunk.nbytes:
                         raise SpeedrunError(f"{self.path}: ended while it was read; was it overwritten?")
-                    if (largest := int(chunk.max())) >= self.vocab_size:
-                        raise SpeedrunError(
-                            f"{self.path}: token {largest} at or after position {begin}, but the vocabulary has "
-                            f"{self.vocab_size} tokens. The shard is damaged or made for another track."
-                        )
+                    check_tokens(self.path, chunk, begin, self.vocab_size)
                     self._publish(np.flatnonzero(chunk == self.bos) + begin)
             self._publish(np.array([len(self.tokens)]), scanned=True)
         except Exception as error:  # told to whoever waits for the data
@@ -1120,19 +1130,24 @@ def make_row(tokens: np.ndarray, starts: np.ndarray, max_seqlen: int, pin: bool)
 
 def validation_tokens(track: Track, data_dir: Path) -> np.ndarray:
     """The validation stream and the token after it, uint16. Raises SpeedrunError if a shard is missing or damaged."""
-    shards, total = [], 0
+    parts, have, need = [], 0, track.data.val_tokens + 1
     for path in find_shards(data_dir, "val", track.data):
-        if total <= track.data.val_tokens:
-            shards.append(Shard(path, track.model.vocab_size, track.data.bos))
-            total += len(shards[-1].tokens)
-    for shard in shards:
-        shard.wait()
-    return np.concatenate([shard.tokens for shard in shards])[: track.data.val_tokens + 1]
+        count = min(read_shard_header(path), need - have)
+        if count:
+            parts.append(np.fromfile(path, "<u2", count, offset=4 * HEADER_INTS))
+            check_tokens(path, parts[-1], 0, track.model.vocab_size)
+            have += count
+    if have < need:
+        raise SpeedrunError(
+            f"too few tokens: the val shards in {data_dir} hold {have:,}, but validation reads {need:,}. Fetch them "
+            f"again: `{track.data.fetch}`."
+        )
+    return np.concatenate(parts)
 
 
-def validation_rows(track: Track, data_dir: Path, runtime: Runtime) -> Iterator[Row]:
-    """Yield this rank's rows of the validation stream: every W-th row of the first val_tokens tokens, contiguous."""
-    data, tokens = track.data, validation_tokens(track, data_dir)
+def validation_rows(track: Track, tokens: np.ndarray, runtime: Runtime) -> Iterator[Row]:
+    """Yield this rank's rows of the validation stream `tokens`: every W-th one, on the device."""
+    data = track.data
     n = data.val_row_tokens
     for begin in range(runtime.rank * n, data.val_tokens, runtime.world_size * n):
         row = tokens[begin : begin + n + 1]
@@ -1144,6 +1159,8 @@ def validation_rows(track: Track, data_dir: Path, runtime: Runtime) -> Iterator[
 # ----------------------------------------------------------------------------------------------------------------------
 # Run
 # ----------------------------------------------------------------------------------------------------------------------
+
+LOSS_EVERY = 10  # steps between reads of the training loss: each makes the host wait for the device
 
 
 @dataclass(frozen=True)
@@ -1165,7 +1182,7 @@ class Options:
     dtype: Literal["auto", "bfloat16", "float32", "float64"] = "auto"
     """Of weights and activations. auto: bfloat16 on CUDA and on CPUs that multiply it in hardware, else float32."""
     compile: bool = field(default_factory=torch.cuda.is_available)
-    """Compile the model with torch.compile. Default: where there is CUDA."""
+    """Compile the model with torch.compile. Default: where there is CUDA; with it, --device cpu never compiles."""
     warmup: bool = True
     """Run the shapes of all stages once before the clock starts, then restore everything."""
     sample_tokens: int = 200
@@ -1203,6 +1220,12 @@ class Runtime:
         device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
         if cuda:
             torch.cuda.set_device(device)
+            if torch.cuda.get_device_capability() < (8, 0) or options.dtype not in ("auto", "bfloat16"):
+                raise SpeedrunError(
+                    f"attention on CUDA runs in bfloat16 on Ampere or newer (compute capability 8.0), but this is "
+                    f"{torch.cuda.get_device_name()} (capability {torch.cuda.get_device_capability()}) with --dtype "
+                    f"{options.dtype}. Use --device cpu, or drop --dtype."
+                )
         else:
             keep_freed_memory()
         if world_size > 1:
@@ -1214,7 +1237,7 @@ class Runtime:
             rank=rank,
             world_size=world_size,
             dtype=getattr(torch, name),
-            compile=options.compile,
+            compile=options.compile and cuda == torch.cuda.is_available(),
             attention=activate_flash_attention() if cuda else "block-local",
         )
 
@@ -1303,7 +1326,7 @@ class Clock:
         self.elapsed, self._began = self.read(), None
 
     def read(self) -> float:
-        """Seconds so far, without waiting for the device."""
+        """Seconds so far, without waiting for the device: exact after stop(), else as far as the host has come."""
         return self.elapsed + (time.perf_counter() - self._began if self._began is not None else 0.0)
 
 
@@ -1315,6 +1338,7 @@ class RunLog:
         self.run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{track.name}-{secrets.token_hex(3)}"
         self.path = options.log_dir / f"{self.run_id}.txt"
         if runtime.rank != 0:
+            self.path = None
             return
         try:
             options.log_dir.mkdir(parents=True, exist_ok=True)
@@ -1357,12 +1381,13 @@ class Trainer:
     """The state of a run (weights, optimizer state, loader position, RNG; the loop has the clock) and its two moves."""
 
     def __init__(self, track: Track, runtime: Runtime, data_dir: Path, seed: int):
-        self.track, self.runtime, self.data_dir = track, runtime, data_dir
+        self.track, self.runtime = track, runtime
         torch.manual_seed(seed)
         self.model = GPT(track.model, runtime, seed)
         self.params = dict(self.model.named_parameters())
         self.optimizer = Optimizer(self.params, track.optimizer, runtime)
         self.loader = Loader(track, data_dir, runtime)
+        self.validation_tokens = validation_tokens(track, data_dir)
 
     def train_step(self, step: int) -> Tensor:
         """One step. Returns this rank's part of the mean next-token loss, 0-dim on the device."""
@@ -1381,7 +1406,7 @@ class Trainer:
         """Mean next-token cross-entropy over the validation stream, in nats per token, the same on every rank."""
         total = torch.zeros((), dtype=torch.float64, device=self.runtime.device)
         weights = self._weights((1.0,))
-        for i, row in enumerate(validation_rows(self.track, self.data_dir, self.runtime)):
+        for i, row in enumerate(validation_rows(self.track, self.validation_tokens, self.runtime)):
             if i == max_rows:
                 break
             total += self.model(row, settings, weights)[1]
@@ -1433,10 +1458,9 @@ class Trainer:
         for _ in range(num_tokens):
             recent = np.array(tokens[-context:] + [0] * (context + 1 - len(tokens)), dtype=np.int64)
             row = make_row(np.append(recent[:context], 0), np.array([0]), context, pin=False)
-            logits = self.model.logits(row.to(self.runtime), settings)[
-                min(len(tokens), context) - 1, : self.track.model.vocab_size
-            ]
-            tokens.append(int(torch.multinomial(logits.double().softmax(-1).cpu(), 1, generator=generator)))
+            logits = self.model.logits(row.to(self.runtime), settings)
+            last = logits[min(len(tokens), context) - 1, : self.track.model.vocab_size].double().cpu()
+            tokens.append(int(torch.multinomial(last.softmax(-1), 1, generator=generator)))
         return tokens[1:]
 
 
@@ -1468,31 +1492,34 @@ def train(track: Track, options: Options, runtime: Runtime) -> float:
     if options.warmup:
         say("warming up (not timed)")
         trainer.warm_up(stop)
+        if runtime.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
 
     clock, tokens_seen, losses = Clock(runtime), 0, []
-    bar = tqdm(total=stop, unit="step", disable=None if runtime.rank == 0 else True)
-    clock.start()
-    for step in range(stop + 1):
-        if step == stop or (track.schedule.val_every and step % track.schedule.val_every == 0):
-            clock.stop()
-            val_loss = trainer.validate(track.validation_at(step))
-            say(log.step(step, clock.elapsed, val_loss=val_loss))
-            require_finite("validation", val_loss, step, log)
-            if step == stop:
-                break
-            clock.start()
-        losses.append(trainer.train_step(step))
-        tokens_seen += track.at(step).stage.tokens
-        seconds = clock.read()
-        log.step(step + 1, seconds)
-        bar.update()
-        if len(losses) == LOSS_EVERY or step + 1 == stop:
-            train_loss = runtime.sum(torch.stack(losses).mean()).item()
-            losses.clear()
-            require_finite("training", train_loss, step + 1, log)
-            log.step(step + 1, seconds, train_loss=train_loss)
-            bar.set_postfix_str(f"loss {train_loss:.4f}, {tokens_seen / clock.read():,.0f} tokens/s")
-    bar.close()
+    with tqdm(total=stop, unit="step", disable=None if runtime.rank == 0 else True) as bar:
+        clock.start()
+        for step in range(stop + 1):
+            if step == stop or (track.schedule.val_every and step % track.schedule.val_every == 0):
+                clock.stop()
+                val_loss = trainer.validate(track.validation_at(step))
+                say(log.step(step, clock.elapsed, val_loss=val_loss))
+                require_finite("validation", val_loss, step, log)
+                if step == stop:
+                    break
+                clock.start()
+            losses.append(trainer.train_step(step))
+            tokens_seen += track.at(step).stage.tokens
+            seconds = clock.read()
+            log.step(step + 1, seconds)
+            bar.update()
+            if len(losses) == LOSS_EVERY or step + 1 == stop:
+                train_loss = runtime.sum(torch.stack(losses).mean()).item()
+                losses.clear()
+                require_finite("training", train_loss, step + 1, log)
+                line = log.step(step + 1, seconds, train_loss=train_loss)
+                bar.set_postfix_str(f"loss {train_loss:.4f}, {tokens_seen / clock.read():,.0f} tokens/s")
+                if bar.disable and (step + 1) % (10 * LOSS_EVERY) == 0:
+                    say(line)  # where no bar can be drawn
     finish(trainer, log, options, clock.elapsed, val_loss, stop, say)
     return val_loss
 
@@ -1502,18 +1529,26 @@ def require_finite(kind: str, loss: float, step: int, log: RunLog) -> None:
     if not math.isfinite(loss):
         message = f"the {kind} loss is {loss} after {step} steps: the run stops."
         log.write(message)
-        raise SpeedrunError(f"{message} Lower the learning rates, or compare with --dtype float32. Log: {log.path}")
-
-
-LOSS_EVERY = 10  # steps between reads of the training loss: each makes the host wait for the device
+        raise SpeedrunError(f"{message} Lower the learning rates. Log: {log.path}")
 
 
 def check(track: Track, data_dir: Path, runtime: Runtime, stop: int) -> None:
     """Refuse at once what cannot work: raises SpeedrunError for numbers that do not fit, missing or too little data."""
     data, schedule = track.data, track.schedule
     stages = (*schedule.stages, schedule.extension)
-    if stop < 0 or schedule.scheduled_steps < 1 or min(data.rows_per_step, data.val_tokens, data.val_row_tokens) < 1:
-        raise SpeedrunError("steps, rows per step and validation tokens must be positive numbers.")
+    for name, value, least in (
+        ("max-steps", stop, 0),
+        ("schedule.scheduled-steps", schedule.scheduled_steps, 1),
+        ("schedule.extension-steps", schedule.extension_steps, 0),
+        ("schedule.val-every", schedule.val_every, 0),
+        ("data.rows-per-step", data.rows_per_step, 1),
+        ("data.val-tokens", data.val_tokens, 1),
+        ("data.val-row-tokens", data.val_row_tokens, 1),
+        ("windows", min(window for stage in stages for window in stage.windows), 0),
+        ("prediction-weights", min(len(stage.prediction_weights) for stage in stages), 1),
+    ):
+        if value < least:
+            raise SpeedrunError(f"--{name}: found {value}, expected at least {least}.")
     if data.rows_per_step % runtime.world_size:
         raise SpeedrunError(
             f"{runtime.world_size} processes cannot share the {data.rows_per_step} rows of a step evenly: use a number "
@@ -1522,18 +1557,14 @@ def check(track: Track, data_dir: Path, runtime: Runtime, stop: int) -> None:
     for stage in stages:
         if stage.tokens < 1 or stage.tokens % data.rows_per_step:
             raise SpeedrunError(f"a step of {stage.tokens} tokens cannot be cut into {data.rows_per_step} equal rows.")
-    for split, need, purpose in (
-        ("train", sum(track.at(step).stage.tokens + data.rows_per_step for step in range(stop)), f"{stop} steps"),
-        ("val", data.val_tokens + 1, f"validation on {data.val_tokens:,} tokens"),
-    ):
-        paths = find_shards(data_dir, split, data)
-        have = sum(read_shard_header(path) for path in paths)
-        if have < need:
-            raise SpeedrunError(
-                f"too few tokens: the {split} shards in {data_dir} ({len(paths)} of them) hold {have:,}, but {purpose} "
-                f"take at least {need:,}. Fetch more: `{data.fetch}`."
-            )
-    validation_tokens(track, data_dir)  # damage is better found now than at the end
+    need = sum(track.at(step).stage.tokens + data.rows_per_step for step in range(stop))
+    paths = find_shards(data_dir, "train", data)
+    have = sum(read_shard_header(path) for path in paths)
+    if have < need:
+        raise SpeedrunError(
+            f"too few tokens: the {len(paths)} train shards in {data_dir} hold {have:,}, but {stop} steps take "
+            f"at least {need:,}. Fetch more (`{data.fetch}`), or train fewer steps."
+        )
 
 
 def finish(trainer: Trainer, log: RunLog, options: Options, seconds: float, val_loss: float, stop: int, say) -> None:
@@ -1547,15 +1578,14 @@ def finish(trainer: Trainer, log: RunLog, options: Options, seconds: float, val_
         allocated = reserved = peak_rss()
     mib = 1024 * 1024
     log.write(f"peak memory allocated: {allocated // mib} MiB reserved: {reserved // mib} MiB")
+    incomplete = stop < track.schedule.total_steps
+    verdict = "reached" if val_loss <= track.target_loss else "missed"
+    partly = f" (incomplete: {stop} of {track.schedule.total_steps} steps)" if incomplete else ""
+    say(f"{verdict} {track.target_loss} in {seconds:.1f} s: validation loss {val_loss:.4f}{partly}\nlog: {log.path}")
     if runtime.rank == 0 and options.sample_tokens:
         sample = trainer.sample(track.validation_at(stop), options.sample_tokens, options.seed)
         if (text := decode(sample, track.model.vocab_size)) is not None:
             say(f"sample:\n{text}\n")
-    verdict = "reached" if val_loss <= track.target_loss else "missed"
-    partly = (
-        "" if stop == track.schedule.total_steps else f" (incomplete: {stop} of {track.schedule.total_steps} steps)"
-    )
-    say(f"{verdict} {track.target_loss} in {seconds:.1f} s: validation loss {val_loss:.4f}{partly}\nlog: {log.path}")
 
 
 def peak_rss() -> int:
@@ -1568,7 +1598,7 @@ def peak_rss() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def parse_command(argv: list[str]) -> tuple[Track, Options]:
+def parse_command(argv: list[str], quiet: bool = False) -> tuple[Track, Options]:
     """`[nano|small] [--option value ...]`: the track, with its overridden numbers, and the options of the run."""
     tracks = {track.name: track for track in (NANO, SMALL)}
     name, rest = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("nano", argv)
@@ -1587,6 +1617,7 @@ def parse_command(argv: list[str]) -> tuple[Track, Options]:
         default=Command(Options(), tracks[name]),
         prog=f"train_gpt.py {name}",
         description=description,
+        console_outputs=not quiet,
     )
     track, options = command.track, command.options
     if options.val_every is not None:
@@ -1596,24 +1627,43 @@ def parse_command(argv: list[str]) -> tuple[Track, Options]:
 
 def main() -> None:
     """Run from the command line; errors of the user end with one message and exit code 1."""
+    sys.stdout.reconfigure(line_buffering=True)  # lines show at once where the output is piped
+    rank = int(os.environ.get("RANK", 0))
     try:
-        track, options = parse_command(sys.argv[1:])
+        track, options = parse_command(sys.argv[1:], quiet=rank != 0)
         runtime = Runtime.create(options)
         train(track, options, runtime)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    except SystemExit as end:  # of --help or a wrong option, which rank 0 explains
+        leave(end.code, rank)
     except SpeedrunError as error:
-        # Most mistakes are met by all ranks: rank 0 speaks, and torchrun ends the others before their turn comes.
-        if os.environ.get("RANK", "0") != "0":
+        if (
+            rank != 0
+        ):  # most mistakes are met by all ranks: rank 0 speaks, and torchrun ends the others before their turn
             time.sleep(5)
         print(f"error: {error}", file=sys.stderr, flush=True)
         if os.environ.get("TRAIN_GPT_ERROR_FILE"):
             Path(os.environ["TRAIN_GPT_ERROR_FILE"]).write_text(f"error: {error}\n")
-        sys.exit(1)
+        leave(1, 0)
     except KeyboardInterrupt:
-        print("interrupted: the log so far is kept", file=sys.stderr)
-        sys.exit(130)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        if rank == 0:
+            print("interrupted: what the log holds so far is kept", file=sys.stderr)
+        leave(130, 0)
+    except Exception:
+        traceback.print_exc()
+        leave(1, 0)
+
+
+def leave(code: int | str | None, rank: int) -> None:
+    """Exit; as one of several ranks at once, for closing the process group could wait for others that never come."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        sys.exit(code)
+    if rank != 0:
+        time.sleep(5)  # torchrun ends all ranks when the first one fails: let rank 0 be that one
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else 0 if code is None else 1)
 
 
 if __name__ == "__main__":

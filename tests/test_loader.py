@@ -16,7 +16,18 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import train_gpt
-from train_gpt import NANO, Loader, LoaderPosition, Shard, SpeedrunError, Stage, Track, check, validation_rows
+from train_gpt import (
+    NANO,
+    Loader,
+    LoaderPosition,
+    Shard,
+    SpeedrunError,
+    Stage,
+    Track,
+    check,
+    validation_rows,
+    validation_tokens,
+)
 
 
 class NaiveStream:
@@ -304,7 +315,7 @@ def test_a_damaged_shard_is_refused_with_its_name_and_what_is_wrong(tmp_path, ho
             loader.next(step)
     damaged(tmp_path / "x_val_000001.bin", how)
     with pytest.raises(SpeedrunError, match=re.escape("x_val_000001.bin") + ".*" + DAMAGE[how]):
-        list(validation_rows(track_with([(6, 9)], steps_each=1), tmp_path, cpu()))
+        validation_tokens(track_with([(6, 9)], steps_each=1, val_tokens=len(GOOD) - 1), tmp_path)
 
 
 def test_a_damaged_later_shard_stops_the_run_only_when_its_turn_comes(tmp_path):
@@ -329,10 +340,9 @@ def test_a_file_that_ends_while_it_is_read_is_refused(tmp_path, monkeypatch):
 def test_a_missing_folder_names_the_folder_and_the_command(tmp_path):
     """Catches: an empty glob that ends as an IndexError."""
     track = track_with([(6, 9)], steps_each=1)
-    for call in (Loader, validation_rows):
+    for call in (lambda folder: Loader(track, folder, cpu()), lambda folder: validation_tokens(track, folder)):
         with pytest.raises(SpeedrunError, match=f"(?s)no_such.*{re.escape(track.data.fetch)}"):
-            result = call(track, tmp_path / "no_such", cpu())
-            list(result)
+            call(tmp_path / "no_such")
 
 
 def test_processes_that_cannot_share_the_rows_are_refused(tmp_path):
@@ -372,7 +382,8 @@ def test_validation_predicts_the_first_val_tokens_once_each(shards, part, val_ro
     with TemporaryDirectory() as folder:
         data_dir = write_shards(Path(folder), shards, split="val")
         runtimes = [cpu(rank=rank, world_size=world_size) for rank in range(world_size)]
-        per_rank = [list(validation_rows(track, data_dir, runtime)) for runtime in runtimes]
+        tokens = validation_tokens(track, data_dir)
+        per_rank = [list(validation_rows(track, tokens, runtime)) for runtime in runtimes]
     num_rows = -(-val_tokens // val_row)
     rows = [per_rank[i % world_size][i // world_size] for i in range(num_rows)]
     assert sum(len(rank) for rank in per_rank) == num_rows

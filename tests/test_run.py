@@ -366,7 +366,7 @@ def spoilt(folder: Path, good: Path, split: str, how: str) -> Path:
     elif how == "magic":
         path.write_bytes(b"\x01\x02\x03\x04" + data[4:])
     elif how == "token":
-        path.write_bytes(data[:-2] + b"\x01\x01")
+        path.write_bytes(data[:-402] + b"\x01\x01" + data[-400:])
     return folder
 
 
