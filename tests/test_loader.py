@@ -401,6 +401,6 @@ def test_too_few_validation_tokens_are_counted_in_the_message(tmp_path):
     """Catches: a mean over fewer tokens than the track says. The last of val_tokens inputs needs one token more."""
     write_shards(tmp_path, [GOOD])
     write_shards(tmp_path, [GOOD[:40], GOOD[:25]], split="val")
-    check(track_with([(6, 9)], 1, val_tokens=64), tmp_path, cpu(), stop=1)
-    with pytest.raises(SpeedrunError, match=r"too few tokens: the val shards.*hold 65.*65 tokens.* 66"):
-        check(track_with([(6, 9)], 1, val_tokens=65), tmp_path, cpu(), stop=1)
+    assert len(validation_tokens(track_with([(6, 9)], 1, val_tokens=64), tmp_path)) == 65
+    with pytest.raises(SpeedrunError, match=r"too few tokens: the val shards.*hold 65.* 66"):
+        validation_tokens(track_with([(6, 9)], 1, val_tokens=65), tmp_path)

@@ -384,7 +384,7 @@ def test_a_token_outside_the_vocabulary_stops_the_run(command, tiny_data, tmp_pa
     """Catches: an IndexError of the embedding, or garbage learnt. The second shard is read in the course of the run."""
     code, _, err, logs = command(data_dir=spoilt(tmp_path / "data", tiny_data, split, "token"))
     assert_one_message(code, err, rf"tiny_{split}_000002\.bin", r"token 257\b", "257 tokens")
-    assert logs[0].startswith('"""')
+    assert split == "val" or logs[0].startswith('"""')  # validation shards are checked before the log begins
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
