@@ -424,7 +424,7 @@ NANO = Track(
         val_row_tokens=16_384,
     ),
     schedule=Schedule(
-        scheduled_steps=400,
+        scheduled_steps=500,
         extension_steps=10,
         stages=(
             Stage(1024, (64, 192), 1.0, ((1.0, 1.0), (0.5, 0.5), (0.25, 0.0))),
@@ -433,10 +433,11 @@ NANO = Track(
         ),
         extension=Stage(2048, (64, 384), 0.1, ((1.0, 1.0),)),
         final_long_window=512,
+        attn_scale=0.2,  # heads half as wide as those of `small`
         momentum_steps=(100, 20),
         val_every=0,
     ),
-    optimizer=OptimizerConfig(),
+    optimizer=OptimizerConfig(adam_lr=0.016),
 )
 
 
@@ -1570,18 +1571,19 @@ def check(track: Track, data_dir: Path, runtime: Runtime, stop: int) -> None:
 def finish(trainer: Trainer, log: RunLog, options: Options, seconds: float, val_loss: float, stop: int, say) -> None:
     """The end of the log and the verdict on the terminal."""
     track, runtime = trainer.track, trainer.runtime
+    note = ""
     if stop < track.schedule.total_steps:
-        log.write(f"incomplete run: stopped after {stop} of {track.schedule.total_steps} steps by --max-steps")
+        note = f"incomplete run: stopped after {stop} of {track.schedule.total_steps} steps by --max-steps"
+        log.write(note)
     if runtime.device.type == "cuda":
         allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
     else:
         allocated = reserved = peak_rss()
     mib = 1024 * 1024
     log.write(f"peak memory allocated: {allocated // mib} MiB reserved: {reserved // mib} MiB")
-    incomplete = stop < track.schedule.total_steps
     verdict = "reached" if val_loss <= track.target_loss else "missed"
-    partly = f" (incomplete: {stop} of {track.schedule.total_steps} steps)" if incomplete else ""
-    say(f"{verdict} {track.target_loss} in {seconds:.1f} s: validation loss {val_loss:.4f}{partly}\nlog: {log.path}")
+    say(f"{verdict} {track.target_loss} in {seconds:.1f} s: validation loss {val_loss:.4f}")
+    say(f"{note}\nlog: {log.path}" if note else f"log: {log.path}")
     if runtime.rank == 0 and options.sample_tokens:
         sample = trainer.sample(track.validation_at(stop), options.sample_tokens, options.seed)
         if (text := decode(sample, track.model.vocab_size)) is not None:
@@ -1628,42 +1630,37 @@ def parse_command(argv: list[str], quiet: bool = False) -> tuple[Track, Options]
 def main() -> None:
     """Run from the command line; errors of the user end with one message and exit code 1."""
     sys.stdout.reconfigure(line_buffering=True)  # lines show at once where the output is piped
-    rank = int(os.environ.get("RANK", 0))
+    rank, world_size = (int(os.environ.get(key, default)) for key, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    # Most mistakes are met by all ranks: rank 0 speaks, and torchrun ends the others before their turn comes.
+    let_rank_0_speak = lambda: time.sleep(5 if rank else 0)
+    code = 0
     try:
         track, options = parse_command(sys.argv[1:], quiet=rank != 0)
-        runtime = Runtime.create(options)
-        train(track, options, runtime)
+        train(track, options, Runtime.create(options))
         if dist.is_initialized():
             dist.destroy_process_group()
-    except SystemExit as end:  # of --help or a wrong option, which rank 0 explains
-        leave(end.code, rank)
+    except SystemExit as end:  # of --help or a wrong option
+        let_rank_0_speak()
+        code = end.code or 0
     except SpeedrunError as error:
-        if (
-            rank != 0
-        ):  # most mistakes are met by all ranks: rank 0 speaks, and torchrun ends the others before their turn
-            time.sleep(5)
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        let_rank_0_speak()
+        print(f"error: {error}", file=sys.stderr)
         if os.environ.get("TRAIN_GPT_ERROR_FILE"):
             Path(os.environ["TRAIN_GPT_ERROR_FILE"]).write_text(f"error: {error}\n")
-        leave(1, 0)
+        code = 1
     except KeyboardInterrupt:
         if rank == 0:
             print("interrupted: what the log holds so far is kept", file=sys.stderr)
-        leave(130, 0)
+        code = 130
     except Exception:
         traceback.print_exc()
-        leave(1, 0)
-
-
-def leave(code: int | str | None, rank: int) -> None:
-    """Exit; as one of several ranks at once, for closing the process group could wait for others that never come."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        code = 1
+    if code and world_size > 1:  # at once: to close the process group could wait for other ranks that never come
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    if code:
         sys.exit(code)
-    if rank != 0:
-        time.sleep(5)  # torchrun ends all ranks when the first one fails: let rank 0 be that one
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code if isinstance(code, int) else 0 if code is None else 1)
 
 
 if __name__ == "__main__":

@@ -223,7 +223,7 @@ def test_max_steps_stops_early_and_marks_the_log(tiny_data, tmp_path, capsys):
     assert re.search(r"^incomplete run: stopped after 7 of 20 steps", log, re.M)
     assert log.splitlines()[-1].startswith("peak memory allocated")
     assert [int(line["step"]) for line in lines_of(log) if not line["kind"]] == list(range(1, 8))
-    assert "incomplete: 7 of 20" in capsys.readouterr().out
+    assert "incomplete run: stopped after 7 of 20 steps" in capsys.readouterr().out
     assert "incomplete run:" not in run(few_rows(), tmp_path, tiny_data, max_steps=99).split("=" * 100)[-1]
 
 
@@ -509,6 +509,29 @@ def test_a_damaged_shard_gives_no_traceback_in_a_real_process(tiny_data, tmp_pat
     words = [*tiny_options(), "--data-dir", data_dir, "--log-dir", tmp_path / "logs", "--device", "cpu"]
     done = run_process([sys.executable, REPO / "train_gpt.py", "nano", *words], timeout=120)
     assert_one_message(done.returncode, done.stderr, r"tiny_train_000002\.bin", "token 257")
+
+
+def test_nothing_compiles_after_the_warm_up(tiny_data, monkeypatch):
+    """Every stage with its validation and the final one has its graph, as many as `small` has, before the clock starts.
+
+    Catches: a graph per step (a float or a tuple that changes), and torch's limit of 8 graphs per function. The graphs
+    are only captured here, not turned into C++: backend="eager".
+    """
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compile_(function, backend="eager", **options))
+    torch._dynamo.reset()
+    track = few_rows(val_every=3, val_tokens=7 * 96)  # whole rows only
+    trainer = Trainer(track, replace(cpu(), compile=True), tiny_data, seed=0)
+    total = track.schedule.total_steps
+    trainer.warm_up(total)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs >= 2 * len(track.schedule.stages) + 3  # training and validation per stage and extension, and the last
+    for step in range(total):
+        if step % 3 == 0:
+            trainer.validate(track.validation_at(step))
+        trainer.train_step(step)
+    trainer.validate(track.validation_at(total))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
 
 
 @pytest.mark.slow

@@ -257,9 +257,10 @@ def test_a_track_of_two_layers_trains(name, tmp_path):
     """Catches: a layout that names layers by position elsewhere than in the track. Other widths are made tiny."""
     rows = {"nano": NANO, "small": SMALL}[name].data.rows_per_step
     words = "--model.num-layers 2 --model.num-heads 2 --model.head-dim 8 --model.vocab-size 300 --data.bos 256"
-    words += f" --schedule.stages.0.tokens {32 * rows}"
+    words += f" --schedule.stages.0.tokens {32 * rows} --data.val-tokens 99"
     track, _ = parse_command([name, *words.split()])
-    write_shard(tmp_path / "x_train_000001.bin", documents([50] * 600))
+    for split in ("train", "val"):
+        write_shard(tmp_path / f"x_{split}_000001.bin", documents([50] * 600))
     trainer = Trainer(track, cpu(), tmp_path, seed=0)
     losses = [trainer.train_step(step).item() for step in range(4)]
     assert losses[-1] < losses[0]
