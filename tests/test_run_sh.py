@@ -373,7 +373,8 @@ def test_the_real_torchrun(repo: FakeRepo):
     """Two ranks through torch's own launcher: ranks, arguments, the failing rank's message last, a non-zero exit."""
     (repo.root / "train_gpt.py").write_text(
         "import os, sys\n"
-        "print(f\"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']}: {sys.argv[1:]}\", flush=True)\n"
+        "line = f\"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']}: {sys.argv[1:]}\\n\"\n"
+        "os.write(1, line.encode())\n"  # in one piece: both ranks write to the same pipe
         "if os.environ['RANK'] == os.environ.get('FAIL'):\n"
         "    open(os.environ['TRAIN_GPT_ERROR_FILE'], 'w').write('error: what was found\\n')\n"
         "    sys.exit(1)\n"
