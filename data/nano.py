@@ -4,33 +4,29 @@
 
 No network, no account: torch is needed for training anyway, and its sources are the same 45 MB of text for everybody.
 Documents are the files `torch/**/*.py` of the wheel, sorted by path; each is the BOS token 256 followed by its bytes.
-Shard format: 256 little-endian int32 of header (magic, version, token count), then the tokens as uint16.
 
 torch is located but never imported, which would take seconds.
 """
 
 import argparse
 import base64
-import contextlib
 import hashlib
 import importlib.metadata
 import importlib.util
 import json
-import os
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
-MAGIC, VERSION, HEADER_INTS = 20240520, 1, 256
+from shards import ShardError, exclusive, new_file, sha256_of, shard_header
+
 BOS = 256  # bytes are 0..255
 VAL_ONE_IN = 20  # documents
 VAL_SHARD, TRAIN_SHARD = "nano_val_000000.bin", "nano_train_000001.bin"
 SIDECAR = "nano.json"  # torch version, hashes and counts of the shards beside it
-TEMPORARY_SUFFIX = ".tmp"
 
 PINNED_TORCH = "2.13.0"
 PINNED_SHA256 = {
@@ -39,16 +35,12 @@ PINNED_SHA256 = {
 }
 
 
-class NanoError(Exception):
-    """What went wrong and what to do, in words for the user."""
-
-
 def torch_version() -> str:
     """Version of the installed torch without the local part (`+cpu`, `+cu130`): all builds have the same sources."""
     try:
         return importlib.metadata.version("torch").split("+")[0]
     except importlib.metadata.PackageNotFoundError:
-        raise NanoError(
+        raise ShardError(
             f"torch is not installed for {sys.executable}, and its sources are the data of the nano track: "
             "pip install -r requirements.txt, or name another interpreter (PYTHON=… ./run.sh nano)"
         ) from None
@@ -58,7 +50,7 @@ def torch_folder() -> Path:
     """Folder of the torch package, found without importing it."""
     spec = importlib.util.find_spec("torch")
     if spec is None or not spec.submodule_search_locations:
-        raise NanoError("torch has metadata but no package folder: pip install --force-reinstall -r requirements.txt")
+        raise ShardError("torch has metadata but no package folder: pip install --force-reinstall -r requirements.txt")
     return Path(next(iter(spec.submodule_search_locations)))
 
 
@@ -86,7 +78,7 @@ def read_documents(folder: Path) -> Iterator[tuple[str, bytes]]:
         try:
             text = (folder / name).read_bytes().replace(b"\r\n", b"\n")
         except FileNotFoundError:
-            raise NanoError(
+            raise ShardError(
                 f"{folder / name} belongs to the torch wheel but is gone: "
                 f"pip install --force-reinstall --no-deps torch=={torch_version()}"
             ) from None
@@ -103,14 +95,13 @@ def shard_bytes(documents: list[bytes]) -> bytes:
     """The complete shard file of these documents: header, then BOS and bytes of each."""
     lengths = np.array([len(text) for text in documents])
     starts = np.cumsum(lengths + 1) - (lengths + 1)
-    header = np.zeros(HEADER_INTS, dtype="<i4")
-    header[:3] = MAGIC, VERSION, len(documents) + lengths.sum()
-    tokens = np.empty(header[2], dtype="<u2")
-    is_bos = np.zeros(header[2], dtype=bool)
+    num_tokens = int(lengths.sum()) + len(documents)
+    tokens = np.empty(num_tokens, dtype="<u2")
+    is_bos = np.zeros(num_tokens, dtype=bool)
     is_bos[starts] = True
     tokens[is_bos] = BOS
     tokens[~is_bos] = np.frombuffer(b"".join(documents), dtype=np.uint8)
-    return header.tobytes() + tokens.tobytes()
+    return shard_header(num_tokens) + tokens.tobytes()
 
 
 def modified_files(folder: Path) -> list[str]:
@@ -127,40 +118,16 @@ def modified_files(folder: Path) -> list[str]:
 
 
 def check_pin(name: str, sha256: str, version: str, folder: Path) -> None:
-    """Raises NanoError if this torch version has a pinned shard and `sha256` is not its hash."""
+    """Raises ShardError if this torch version has a pinned shard and `sha256` is not its hash."""
     if version != PINNED_TORCH or sha256 == PINNED_SHA256[name]:
         return
     modified = modified_files(folder)
     culprits = f"\n  modified   {', '.join(modified[:5])}{' …' if len(modified) > 5 else ''}" if modified else ""
-    raise NanoError(
+    raise ShardError(
         f"{name} made from {folder} is not the pinned one of torch {version}: was the installed torch modified?\n"
         f"  SHA-256    {sha256}\n  expected   {PINNED_SHA256[name]}{culprits}\n"
         f"Nothing was written. Restore it: pip install --force-reinstall --no-deps torch=={version}"
     )
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file which has its name only when it is complete and on disk; safe with several writers at a time."""
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=TEMPORARY_SUFFIX, dir=path.parent)
-    try:
-        with open(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp's 0600 would lock out the other users of a shared folder
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
-
-
-def remove_leftovers(out: Path) -> None:
-    """Removes temporary files of builds that were killed; younger than an hour they may be those of a running one."""
-    for leftover in out.glob(f".nano*{TEMPORARY_SUFFIX}"):
-        with contextlib.suppress(OSError):
-            if time.time() - leftover.stat().st_mtime > 3600:
-                leftover.unlink()
 
 
 def verified_sidecar(out: Path, version: str) -> dict | None:
@@ -171,9 +138,8 @@ def verified_sidecar(out: Path, version: str) -> dict | None:
             sha256 = sidecar["shards"][name]["sha256"]
             if version == PINNED_TORCH and sha256 != PINNED_SHA256[name]:
                 return None
-            with open(out / name, "rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
-                    return None
+            if sha256_of(out / name) != sha256:
+                return None
         return sidecar if sidecar["torch"] == version else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -189,16 +155,17 @@ def build(out: Path, version: str) -> dict:
     contents = {}
     for name, texts in documents.items():
         if not texts:
-            raise NanoError(f"{folder} has no Python files for {name}: pip install -r requirements.txt")
+            raise ShardError(f"{folder} has no Python files for {name}: pip install -r requirements.txt")
         contents[name] = shard_bytes(texts)
         sha256 = hashlib.sha256(contents[name]).hexdigest()
         check_pin(name, sha256, version, folder)
         tokens = len(texts) + sum(map(len, texts))
         sidecar["shards"][name] = {"sha256": sha256, "tokens": tokens, "documents": len(texts)}
     # The sidecar vouches for the shards, so it comes last; killed before that, the next call starts again.
+    contents[SIDECAR] = (json.dumps(sidecar, indent=2) + "\n").encode()
     for name, content in contents.items():
-        write_atomically(out / name, content)
-    write_atomically(out / SIDECAR, (json.dumps(sidecar, indent=2) + "\n").encode())
+        with new_file(out / name) as file:
+            file.write(content)
     return sidecar
 
 
@@ -214,13 +181,13 @@ def main() -> None:
     start = time.perf_counter()
     try:
         version = torch_version()
-        out.mkdir(parents=True, exist_ok=True)
-        sidecar = verified_sidecar(out, version)
-        verb = "found" if sidecar else "wrote"
+        sidecar, verb = verified_sidecar(out, version), "found"
         if sidecar is None:
-            remove_leftovers(out)
-            sidecar = build(out, version)
-    except (NanoError, OSError) as error:
+            with exclusive(out):
+                sidecar = verified_sidecar(out, version)  # another process may have written them meanwhile
+                if sidecar is None:
+                    sidecar, verb = build(out, version), "wrote"
+    except (ShardError, OSError) as error:
         sys.exit(f"data/nano.py: error: {error}")
     val, train = (sidecar["shards"][name]["tokens"] for name in (VAL_SHARD, TRAIN_SHARD))
     seconds = time.perf_counter() - start

@@ -1,0 +1,124 @@
+"""What the scripts of this folder share: the shard format, and writing files that are whole or not there.
+
+A shard is 256 little-endian int32 of header (magic, version, token count, zeros), then the tokens as uint16. Every
+document starts with its BOS token.
+"""
+
+import contextlib
+import hashlib
+import os
+import shutil
+import struct
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024
+GPT2_BOS, GPT2_VOCAB_SIZE = 50256, 50257
+SHARD_TOKENS = 100_000_000  # of the public FineWeb shards
+TEMPORARY_SUFFIX = ".tmp"
+
+
+class ShardError(Exception):
+    """Something the user can mend. The message says what was found, what was expected and what to do."""
+
+
+def shard_header(num_tokens: int) -> bytes:
+    """The 1,024 bytes before the tokens. Raises ShardError where the count does not fit into an int32."""
+    if not 0 <= num_tokens < 2**31:
+        raise ShardError(
+            f"a shard of {num_tokens:,} tokens: its header holds at most {2**31 - 1:,}. Write smaller ones."
+        )
+    return struct.pack("<3i", MAGIC, VERSION, num_tokens).ljust(HEADER_BYTES, b"\0")
+
+
+def read_shard_header(path: Path) -> int:
+    """Token count of a shard. Raises ShardError if magic, version or the file's length differ from the format."""
+    try:
+        with open(path, "rb") as file:
+            header = file.read(HEADER_BYTES)
+            size = os.fstat(file.fileno()).st_size
+    except OSError as error:
+        raise ShardError(f"{path} cannot be read: {error.strerror}") from error
+    if len(header) < HEADER_BYTES:
+        raise ShardError(f"{path} has {len(header)} bytes, fewer than the {HEADER_BYTES} of a shard's header")
+    magic, version, num_tokens = struct.unpack_from("<3i", header)
+    if (magic, version) != (MAGIC, VERSION):
+        raise ShardError(f"{path} starts with magic {magic}, version {version}; expected {MAGIC}, {VERSION}")
+    expected = HEADER_BYTES + 2 * num_tokens
+    if num_tokens < 0 or size != expected:
+        raise ShardError(f"{path} has {size:,} bytes, but its header of {num_tokens:,} tokens means {expected:,}")
+    return num_tokens
+
+
+def sha256_of(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """A binary file to be written, which has its name only once it is complete and on disk.
+
+    Until then its name is `.NAME.tmp`, which no loader looks for; it is removed if the body raises. The folder must be
+    held with `exclusive`. Raises ShardError where the disk refuses (full, quota, read-only).
+    """
+    temporary = path.with_name(f".{path.name}{TEMPORARY_SUFFIX}")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        if os.name == "posix":  # the new name itself is on disk only with its folder
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+    except OSError as error:
+        raise ShardError(
+            f"{path} was not written: {error.strerror}. Finished files are kept: mend that (free space, say) and run "
+            "the same command again"
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+
+
+@contextlib.contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Makes the folder and holds it against other writers, waiting for them; sweeps what killed ones left behind.
+
+    The lock goes with the process, however that ends. Raises ShardError where the folder cannot be written to.
+    """
+    from filelock import FileLock, Timeout  # here, so that no call that only reads needs it
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            print(f"waiting for another process that writes into {folder}", file=sys.stderr)
+            lock.acquire()
+    except OSError as error:
+        raise ShardError(f"cannot write into {folder}: {error.strerror}") from error
+    try:
+        for leftover in folder.glob(f".*{TEMPORARY_SUFFIX}"):
+            leftover.unlink(missing_ok=True)
+        yield
+    finally:
+        lock.release()
+
+
+def require_space(folder: Path, num_bytes: int) -> None:
+    """Raises ShardError where the disk of `folder`, which need not exist yet, has fewer bytes free."""
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if free < num_bytes:
+        raise ShardError(
+            f"{folder} needs {num_bytes / 1e9:.2f} GB, but its disk has {free / 1e9:.2f} GB free: make room, or name a "
+            "folder on another disk"
+        )
