@@ -1,0 +1,130 @@
+"""data/check.py as a user starts it, on made shards whose documents are known."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import write_shard
+
+from data import check
+
+SCRIPT = Path(check.__file__).resolve()
+BOS = 50256
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def documents(lengths: list[int], seed: int = 0) -> list[list[int]]:
+    """Random GPT-2 documents of these lengths, BOS included."""
+    rng = np.random.default_rng(seed)
+    return [[BOS, *rng.integers(0, BOS, length - 1).tolist()] for length in lengths]
+
+
+def flat(parts: list[list[int]]) -> list[int]:
+    return [token for part in parts for token in part]
+
+
+def run(*arguments, code: int = 0) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert result.returncode == code, result.stdout + result.stderr
+    assert "Traceback" not in result.stderr
+    return result
+
+
+def row(output: str, path: Path) -> list[str]:
+    """Columns of the line of a shard: tokens, documents, BOS per 1,000, seen before, quantiles, max."""
+    (line,) = (line for line in output.splitlines() if line.startswith(str(path)))
+    return line[len(str(path)) :].replace(",", "").split()
+
+
+def test_the_table_counts_documents_and_their_lengths(tmp_path: Path):
+    """Catches documents cut wrongly at the first, the last or any BOS, and quantiles of anything but their lengths."""
+    lengths = [1, 2, *range(10, 208), 5000]
+    tail_of_an_earlier_document = [1, 2, 3]
+    tokens = tail_of_an_earlier_document + flat(documents(lengths))
+    path = write_shard(tmp_path / "a_train_000001.bin", tokens)
+    columns = row(run(path).stdout, path)
+    assert columns[:2] == [str(len(tokens)), str(len(lengths))]
+    assert float(columns[2]) == pytest.approx(1000 * len(lengths) / len(tokens), abs=1e-3)
+    assert columns[3] == "0.00%"
+    assert [int(c) for c in columns[4:]] == [round(np.quantile(lengths, q)) for q in check.QUANTILES] + [5000]
+
+
+def test_repeated_documents_are_counted_in_and_across_shards(tmp_path: Path):
+    """A repeat differs from a document with the same beginning, length or tokens in another order."""
+    a, b, c, d = documents([50, 50, 60, 70])
+    almost = [*a[:-1], (a[-1] + 1) % BOS]
+    train = write_shard(tmp_path / "x_train_000001.bin", [*a, *b, *a, *almost, *a[:20], BOS, *a[:0:-1], *a])
+    val = write_shard(tmp_path / "x_val_000000.bin", [*c, *b, *d, *c])
+    result = run(train, val)
+    assert float(row(result.stdout, train)[3].rstrip("%")) == pytest.approx(100 * 2 / 7, abs=0.01)
+    assert float(row(result.stdout, val)[3].rstrip("%")) == pytest.approx(100 * 2 / 4, abs=0.01)
+    assert "1 of 4 validation documents stand in these training shards as well" in result.stdout
+
+
+@pytest.mark.parametrize("position", [0, 5, check.CHUNK - 1, check.CHUNK, check.CHUNK + 77])
+def test_a_token_outside_the_vocabulary_is_named(tmp_path: Path, position: int):
+    tokens = np.full(check.CHUNK + 100, 7)
+    tokens[::50] = BOS
+    tokens[position] = BOS + 1
+    path = write_shard(tmp_path / "a_train_000001.bin", tokens)
+    message = run(path, code=1).stderr
+    assert f"{path} has token 50257 at position {position:,}, outside the vocabulary of 50,257" in message
+    assert "1 of 1 shards" in message
+
+
+def test_the_vocabulary_is_that_of_bytes_or_as_told(tmp_path: Path):
+    """Catches a byte shard judged by GPT-2's BOS, and options that are not listened to."""
+    of_bytes = write_shard(tmp_path / "nano_val_000000.bin", [256, 1, 2, 256, 255])
+    assert row(run(of_bytes).stdout, of_bytes)[:2] == ["5", "2"]
+    other = write_shard(tmp_path / "x_train_000001.bin", [1, 8, 9, 1, 31_999])
+    assert row(run(other, "--vocab-size", 32_000, "--bos", 1).stdout, other)[:2] == ["5", "2"]
+    assert "outside the vocabulary of 31,999" in run(other, "--vocab-size", 31_999, "--bos", 1, code=1).stderr
+    assert "no BOS token 50256" in run(other, code=1).stderr
+
+
+@pytest.mark.parametrize("begin", [1, 1000, check.CHUNK - 1, check.CHUNK - check.ZEROS, check.CHUNK])
+def test_a_page_of_zeros_is_damage(tmp_path: Path, begin: int):
+    """Catches a torn page that spans two chunks of the scan; one zero less passes."""
+    tokens = np.full(check.CHUNK + 4 * check.ZEROS, 7)
+    tokens[0] = BOS
+    tokens[begin : begin + check.ZEROS - 1] = 0
+    run(write_shard(tmp_path / "a_train_000001.bin", tokens))
+    tokens[begin + check.ZEROS - 1] = 0
+    message = run(write_shard(tmp_path / "a_train_000001.bin", tokens), code=1).stderr
+    assert f"2,048 zeros in a row at position {begin:,}" in message
+
+
+def test_one_damaged_shard_does_not_hide_the_others(tmp_path: Path):
+    """Catches a stop at the first damage, and an exit code of 0 after it."""
+    good = write_shard(tmp_path / "b_train_000002.bin", flat(documents([30, 40])))
+    bad = {
+        "magic": write_shard(tmp_path / "b_train_000001.bin", [BOS, 1], magic=1),
+        "version 2": write_shard(tmp_path / "b_train_000003.bin", [BOS, 1], version=2),
+        "has 1,028 bytes": write_shard(tmp_path / "b_train_000004.bin", [BOS, 1], count=3),
+        "among its 0 tokens": write_shard(tmp_path / "b_train_000005.bin", []),
+        "cannot be read": tmp_path / "b_train_000006.bin",
+        "fewer than the 1024": tmp_path / "b_train_000007.bin",
+    }
+    bad["fewer than the 1024"].write_bytes(good.read_bytes()[:1000])
+    result = run(good, *bad.values(), code=1)
+    assert row(result.stdout, good)[:2] == ["70", "2"]
+    for message, path in bad.items():
+        assert any(str(path) in line and message in line for line in result.stderr.splitlines()), message
+    assert "6 of 7 shards" in result.stderr
+
+
+def test_the_histogram_holds_every_document(tmp_path: Path):
+    lengths = [1, 1, 2, 3, 4, 1000, 1024]
+    path = write_shard(tmp_path / "a_train_000001.bin", flat(documents(lengths)))
+    output = run(path, "--plot", tmp_path / "lengths.png").stdout
+    lines = [line.replace(",", "").split() for line in output.split("up to the next line\n")[1].splitlines()]
+    assert {int(line[0]): int(line[1]) for line in lines if int(line[1])} == {1: 2, 2: 2, 4: 1, 512: 1, 1024: 1}
+    assert (tmp_path / "lengths.png").read_bytes().startswith(PNG)
+
+
+def test_a_plot_that_cannot_be_written_is_a_message(tmp_path: Path):
+    path = write_shard(tmp_path / "a_train_000001.bin", flat(documents([30])))
+    assert "error:" in run(path, "--plot", tmp_path / "no" / "such.png", code=1).stderr
