@@ -41,7 +41,7 @@ def row(output: str, path: Path) -> list[str]:
 
 def test_the_table_counts_documents_and_their_lengths(tmp_path: Path):
     """Catches documents cut wrongly at the first, the last or any BOS, and quantiles of anything but their lengths."""
-    lengths = [1, 2, *range(10, 208), 5000]
+    lengths = [1, 2, *range(10, 208), check.CHUNK, 5000]
     tail_of_an_earlier_document = [1, 2, 3]
     tokens = tail_of_an_earlier_document + flat(documents(lengths))
     path = write_shard(tmp_path / "a_train_000001.bin", tokens)
@@ -49,7 +49,7 @@ def test_the_table_counts_documents_and_their_lengths(tmp_path: Path):
     assert columns[:2] == [str(len(tokens)), str(len(lengths))]
     assert float(columns[2]) == pytest.approx(1000 * len(lengths) / len(tokens), abs=1e-3)
     assert columns[3] == "0.00%"
-    assert [int(c) for c in columns[4:]] == [round(np.quantile(lengths, q)) for q in check.QUANTILES] + [5000]
+    assert [int(c) for c in columns[4:]] == [round(np.quantile(lengths, q)) for q in check.QUANTILES] + [check.CHUNK]
 
 
 def test_repeated_documents_are_counted_in_and_across_shards(tmp_path: Path):
