@@ -57,6 +57,19 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def publish(temporary: Path, path: Path) -> None:
+    """Gives a complete file of the same folder its final name, once its content is on disk."""
+    with open(temporary, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    with contextlib.suppress(OSError):  # the name itself needs its folder on disk; Windows and some shares cannot
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[BinaryIO]:
     """A binary file to be written, which has its name only once it is complete and on disk.
@@ -68,15 +81,7 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
     try:
         with open(temporary, "wb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        if os.name == "posix":  # the new name itself is on disk only with its folder
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+        publish(temporary, path)
     except OSError as error:
         raise ShardError(
             f"{path} was not written: {error.strerror}. Finished files are kept: mend that (free space, say) and run "
