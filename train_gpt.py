@@ -39,6 +39,14 @@ import tyro
 from torch import Tensor, nn
 from tqdm import tqdm
 
+try:  # comes with torch's CUDA wheels for Linux
+    import triton
+    import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:
+    triton = None
+jit = triton.jit if triton else lambda kernel: kernel
+
 # torch 2.13 renamed two collectives.
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -503,8 +511,10 @@ def block_local_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, s
     return out.transpose(1, 2).flatten(0, 1)[:T]  # from (num_blocks, heads, block, D)
 
 
-def relu_squared_mlp(h: Tensor, fc: Tensor, proj: Tensor) -> Tensor:
+def relu_squared_mlp(h: Tensor, fc: Tensor, proj: Tensor, fused: bool = False) -> Tensor:
     """relu(h fc^T)^2 proj (ReLU^2, arXiv:2109.08668). h (T, d); fc, proj (4d, d)."""
+    if fused:
+        return torch.ops.speedrun.relu_squared_mlp(h, fc, proj)[0]
     return F.relu(F.linear(h, fc)).square() @ proj
 
 
@@ -514,26 +524,394 @@ def softcapped(logits: Tensor) -> Tensor:
     return 23 * torch.sigmoid((logits + 5) / 7.5)
 
 
-def multi_token_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum over t and k of weights[k] * CE(softcap(logits[t]), targets[k, t]), and the same of k = 0 with weight 1.
+def softcapped_cross_entropy(
+    logits: Tensor,  # (T, V), before the soft-cap
+    targets: Tensor,  # (K, T) int64, negative where there is none
+    weights: Tensor,  # (K,)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Multi-token cross-entropy and its gradient. The kernel `_cross_entropy` computes the same in one pass.
 
-    logits (T, V); targets (K, T) int64, negative where there is none; weights (K,). Both results are 0-dim.
+    Returns, by position: sum over k of weights[k] * CE(softcap(logits), targets[k]) (T,), the same of k = 0 alone with
+    weight 1 (T,), and the gradient of the former with respect to the logits (T, V), at least float32.
     """
     z = softcapped(logits)
-    picked = z.gather(1, targets.clamp_min(0).T)  # (T, K)
-    losses = (torch.logsumexp(z, dim=1, keepdim=True) - picked) * (targets >= 0).T
-    per_offset = losses.sum(0)
-    return per_offset @ weights, per_offset[0].detach()
+    log_sum = z.logsumexp(1, keepdim=True)
+    found = (targets >= 0).T  # (T, K)
+    targets = targets.clamp_min(0).T
+    losses = (log_sum - z.gather(1, targets)) * found
+    weighted = found * weights
+    grad = (z - log_sum).exp_().mul_(weighted.sum(1, keepdim=True)).scatter_add_(1, targets, -weighted)
+    grad *= z * (1 - z / 23) / 7.5
+    return losses @ weights, losses[:, 0], grad
 
 
-def symmetric_product(X: Tensor) -> Tensor:
+def symmetric_product(X: Tensor, fused: bool = False) -> Tensor:
     """X X^T of each matrix. X (n, r, c) -> (n, r, r)."""
-    return X @ X.mT
+    return torch.ops.speedrun.symmetric_product(X) if fused else X @ X.mT
 
 
-def quadratic(A: Tensor, b: float, c: float) -> Tensor:
+def quadratic(A: Tensor, b: float, c: float, fused: bool = False) -> Tensor:
     """bA + cA^2 of each symmetric matrix. A (n, r, r)."""
-    return torch.baddbmm(A, A, A, beta=b, alpha=c)
+    return torch.ops.speedrun.quadratic(A, b, c) if fused else torch.baddbmm(A, A, A, beta=b, alpha=c)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Kernels: what replaces the hot operations on a GPU. To torch.compile each is one operator.
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Shapes of a matrix product in Triton: (m, k) x (k, n) tiles, `stages` of which are in flight."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+    descriptors: bool
+    """Load and store through the tensor memory accelerator of Hopper and Blackwell."""
+
+
+BIG_TILES = Tiles(128, 256, 64, warps=8, stages=4, descriptors=True)  # for 227 KB of shared memory
+SMALL_TILES = Tiles(128, 128, 32, warps=8, stages=4, descriptors=False)  # for 99 KB
+INTERPRETED_TILES = Tiles(32, 32, 32, warps=4, stages=1, descriptors=False)
+
+
+@functools.cache
+def tiles(device: torch.device) -> Tiles:
+    """Big ones on the Hopper and Blackwell of data centers, small ones on all others since Ampere."""
+    if device.type == "cpu":  # Triton's interpreter
+        return INTERPRETED_TILES
+    big = torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= 227 * 1024
+    return BIG_TILES if big else SMALL_TILES
+
+
+@jit
+def _symmetric(
+    X,  # (n, r, c) contiguous
+    Y,  # (n, r, r) contiguous: alpha X X^T, plus beta X if ADD (then r = c)
+    r,
+    c,
+    alpha,
+    beta,
+    ADD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One tile on or below the diagonal of one matrix, stored twice: as it is, and mirrored."""
+    # Row i of the tiles on or below the diagonal begins with number i(i+1)/2; the root may be off by one.
+    tile = tl.program_id(0)
+    i = ((tl.sqrt(8.0 * tile + 1.0) - 1.0) / 2.0).to(tl.int32)
+    i += ((i + 1) * (i + 2) // 2 <= tile).to(tl.int32) - (i * (i + 1) // 2 > tile).to(tl.int32)
+    j = tile - i * (i + 1) // 2
+    n = tl.program_id(1).to(tl.int64)
+    X += n * r * c
+    Y += n * r * r
+    rows = i * BLOCK + tl.arange(0, BLOCK)
+    cols = j * BLOCK + tl.arange(0, BLOCK)
+    acc = tl.zeros((BLOCK, BLOCK), tl.float32)
+    for begin in range(0, c, BLOCK_K):
+        ks = begin + tl.arange(0, BLOCK_K)
+        a = tl.load(X + rows[:, None] * c + ks[None, :], mask=(rows[:, None] < r) & (ks[None, :] < c), other=0.0)
+        b = tl.load(X + cols[:, None] * c + ks[None, :], mask=(cols[:, None] < r) & (ks[None, :] < c), other=0.0)
+        acc = tl.dot(a, b.T, acc)
+    inside = (rows[:, None] < r) & (cols[None, :] < r)
+    acc *= alpha
+    if ADD:
+        acc += beta * tl.load(X + rows[:, None] * c + cols[None, :], mask=inside, other=0.0)
+    y = acc.to(Y.dtype.element_ty)
+    tl.store(Y + rows[:, None] * r + cols[None, :], y, mask=inside)
+    if i != j:
+        tl.store(Y + cols[None, :] * r + rows[:, None], y, mask=inside)
+
+
+def _launch_symmetric(X: Tensor, alpha: float, beta: float, add: bool) -> Tensor:
+    X = X.contiguous()
+    n, r, c = X.shape
+    shape = tiles(X.device)
+    block = min(shape.m, shape.n)
+    Y = torch.empty(n, r, r, dtype=X.dtype, device=X.device)
+    rows = triton.cdiv(r, block)
+    sizes = {"ADD": add, "BLOCK": block, "BLOCK_K": shape.k, "num_warps": shape.warps, "num_stages": shape.stages}
+    _symmetric[rows * (rows + 1) // 2, n](X, Y, r, c, alpha, beta, **sizes)
+    return Y
+
+
+@torch.library.custom_op("speedrun::symmetric_product", mutates_args=())
+def _symmetric_product_op(X: Tensor) -> Tensor:
+    return _launch_symmetric(X, 1.0, 0.0, add=False)
+
+
+@torch.library.custom_op("speedrun::quadratic", mutates_args=())
+def _quadratic_op(A: Tensor, b: float, c: float) -> Tensor:
+    return _launch_symmetric(A, c, b, add=True)
+
+
+_symmetric_product_op.register_fake(lambda X: X.new_empty(X.size(0), X.size(1), X.size(1)))
+_quadratic_op.register_fake(lambda A, b, c: torch.empty_like(A, memory_format=torch.contiguous_format))
+
+
+@jit
+def _linear_relu_square(
+    a,  # (M, K) contiguous
+    b,  # (N, K) contiguous
+    out,  # (M, N) contiguous: forward relu(a b^T)^2, backward 2 sqrt(post) (a b^T)
+    post,  # (M, N) contiguous: what forward gave; read backward
+    M,
+    N,
+    K,
+    FORWARD: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,  # a, b and out are tensor descriptors, not pointers
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """A matrix product by persistent programs, one per multiprocessor, with the MLP's nonlinearity at its end."""
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=True):
+        # Programs that run together work on GROUP rows of tiles, column by column: they share operands in the L2 cache.
+        first = tile // (GROUP * tiles_n) * GROUP
+        height = min(GROUP, tiles_m - first)
+        within = tile % (GROUP * tiles_n)
+        m = (first + within % height) * BLOCK_M
+        n = within // height * BLOCK_N
+        rows = m + tl.arange(0, BLOCK_M)
+        cols = n + tl.arange(0, BLOCK_N)
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k in range(0, K, BLOCK_K):
+            if DESCRIPTORS:
+                x = a.load([m, k])
+                y = b.load([n, k])
+            else:
+                ks = k + tl.arange(0, BLOCK_K)
+                x_mask = (rows[:, None] < M) & (ks[None, :] < K)
+                y_mask = (cols[:, None] < N) & (ks[None, :] < K)
+                x = tl.load(a + rows[:, None].to(tl.int64) * K + ks[None, :], mask=x_mask, other=0.0)
+                y = tl.load(b + cols[:, None].to(tl.int64) * K + ks[None, :], mask=y_mask, other=0.0)
+            acc = tl.dot(x, y.T, acc)
+        # In two halves, which take half the shared memory.
+        halves = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+        for half in tl.static_range(2):
+            y = halves[half]
+            begin = n + half * (BLOCK_N // 2)
+            some = begin + tl.arange(0, BLOCK_N // 2)
+            offsets = rows[:, None].to(tl.int64) * N + some[None, :]
+            inside = (rows[:, None] < M) & (some[None, :] < N)
+            if FORWARD:
+                y = tl.maximum(y, 0.0)
+                y = y * y
+            else:  # relu(z) = sqrt(post), so the pre-activations z need not be kept
+                y = y * 2.0 * tl.sqrt(tl.load(post + offsets, mask=inside, other=0.0).to(tl.float32))
+            if DESCRIPTORS:
+                out.store([m, begin], y.to(out.dtype))
+            else:
+                tl.store(out + offsets, y.to(out.dtype.element_ty), mask=inside)
+
+
+def _launch_linear_relu_square(a: Tensor, b: Tensor, post: Tensor | None) -> Tensor:
+    """relu(a b^T)^2, or, where that is given as `post`, 2 sqrt(post) (a b^T). All contiguous."""
+    (M, K), N = a.shape, b.size(0)
+    out = torch.empty(M, N, dtype=a.dtype, device=a.device)
+    shape = tiles(a.device)
+    operands = [a, b, out]
+    descriptors = shape.descriptors and all(x.size(1) * x.element_size() % 16 == 0 for x in operands)
+    if descriptors:
+        blocks = ([shape.m, shape.k], [shape.n, shape.k], [shape.m, shape.n // 2])
+        operands = [TensorDescriptor.from_tensor(x, block) for x, block in zip(operands, blocks, strict=True)]
+    num_tiles = triton.cdiv(M, shape.m) * triton.cdiv(N, shape.n)
+    _linear_relu_square[(min(num_tiles, multiprocessors(a.device)),)](
+        *operands,
+        out if post is None else post,
+        M,
+        N,
+        K,
+        FORWARD=post is None,
+        DESCRIPTORS=descriptors,
+        BLOCK_M=shape.m,
+        BLOCK_N=shape.n,
+        BLOCK_K=shape.k,
+        GROUP=8,
+        num_warps=shape.warps,
+        num_stages=shape.stages if post is None else shape.stages - 1,  # backward, post takes shared memory as well
+    )
+    return out
+
+
+def multiprocessors(device: torch.device) -> int:
+    return 3 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@torch.library.custom_op("speedrun::relu_squared_mlp", mutates_args=())
+def _mlp_op(h: Tensor, fc: Tensor, proj: Tensor) -> tuple[Tensor, Tensor]:
+    post = _launch_linear_relu_square(h, fc, None)
+    return post @ proj, post
+
+
+@torch.library.custom_op("speedrun::relu_squared_mlp_backward", mutates_args=())
+def _mlp_backward_op(grad: Tensor, h: Tensor, fc: Tensor, proj: Tensor, post: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    grad = grad.contiguous()
+    pre_grad = _launch_linear_relu_square(grad, proj, post)
+    return pre_grad @ fc, pre_grad.T @ h, post.T @ grad
+
+
+def _mlp_setup_context(ctx, inputs: tuple, output: tuple) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs, output[1])
+
+
+_mlp_op.register_fake(lambda h, fc, proj: (torch.empty_like(h), h.new_empty(h.size(0), fc.size(0))))
+_mlp_backward_op.register_fake(lambda grad, h, fc, proj, post: tuple(torch.empty_like(x) for x in (h, fc, proj)))
+_mlp_op.register_autograd(
+    lambda ctx, grad, _: _mlp_backward_op(grad, *ctx.saved_tensors), setup_context=_mlp_setup_context
+)
+
+
+@jit
+def _cross_entropy(
+    logits,  # (T, V) contiguous, before the soft-cap
+    targets,  # (K, T) int64, negative where there is none
+    weights,  # (K,) float32
+    losses,  # (T,) float32, weighted sum over the K predictions
+    nlls,  # (T,) float32, of the first prediction
+    grad,  # (T, V) contiguous, of the losses with respect to the logits, divided by grad_scale; may be the logits
+    T,
+    V,
+    grad_scale,
+    K: tl.constexpr,
+    GRAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One position: the sum of exponentials, then the gradient, while the logits are still in the L2 cache.
+
+    The soft-capped logits z are below 23, so exp(z - 23) needs no running maximum.
+    """
+    t = tl.program_id(0)
+    logits += t.to(tl.int64) * V
+    grad += t.to(tl.int64) * V
+    sums = tl.zeros((BLOCK,), tl.float32)
+    for begin in range(0, V, BLOCK):
+        cols = begin + tl.arange(0, BLOCK)
+        z = 23.0 * tl.sigmoid((tl.load(logits + cols, mask=cols < V, other=0.0).to(tl.float32) + 5.0) / 7.5)
+        sums += tl.where(cols < V, tl.exp(z - 23.0), 0.0)
+    log_sum = 23.0 + tl.log(tl.sum(sums))
+    loss = 0.0
+    weight_sum = 0.0
+    for k in tl.static_range(K):
+        target = tl.load(targets + k * T + t)
+        weight = tl.where(target >= 0, tl.load(weights + k), 0.0)
+        picked = 23.0 * tl.sigmoid((tl.load(logits + tl.maximum(target, 0)).to(tl.float32) + 5.0) / 7.5)
+        loss += weight * (log_sum - picked)
+        weight_sum += weight
+        if k == 0:
+            tl.store(nlls + t, tl.where(target >= 0, log_sum - picked, 0.0))
+    tl.store(losses + t, loss)
+    if GRAD:
+        for begin in range(0, V, BLOCK):
+            cols = begin + tl.arange(0, BLOCK)
+            z = 23.0 * tl.sigmoid((tl.load(logits + cols, mask=cols < V, other=0.0).to(tl.float32) + 5.0) / 7.5)
+            dz = weight_sum * tl.exp(z - log_sum)
+            for k in tl.static_range(K):
+                dz -= tl.where(cols == tl.load(targets + k * T + t), tl.load(weights + k), 0.0)
+            dz *= z * (1.0 - z / 23.0) / 7.5 / grad_scale
+            tl.store(grad + cols, dz.to(grad.dtype.element_ty), mask=cols < V)
+
+
+def fused_cross_entropy(
+    logits: Tensor, targets: Tensor, weights: Tensor, grad: Tensor | None, grad_scale: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """`softcapped_cross_entropy` with the gradient, divided by `grad_scale`, written into `grad`, in the dtype of that.
+
+    `grad` (T, V) may be the logits themselves; None: no gradient.
+    """
+    T, V = logits.shape
+    losses, nlls = torch.empty(2, T, dtype=torch.float32, device=logits.device).unbind()
+    block = 4096 if logits.is_cuda else 64
+    out = logits if grad is None else grad
+    sizes = {"K": len(weights), "GRAD": grad is not None, "BLOCK": block, "num_warps": 8}
+    _cross_entropy[(T,)](logits, targets, weights, losses, nlls, out, T, V, grad_scale, **sizes)
+    return losses, nlls
+
+
+# Scales of the FP8 head: the largest magnitudes expected, over the largest number of the format (e4m3).
+FP8_X, FP8_HEAD, FP8_GRAD = 100 / 448, 1.6 / 448, 0.75 / 448
+
+
+def scaled_matmul(a: Tensor, b: Tensor, scale_a: float, scale_b: float, fast: bool) -> Tensor:
+    """a b^T in FP8 with bfloat16 result. a (m, k), b (n, k), both contiguous; `fast`: sums in fewer than 32 bits."""
+    scales = (torch.full((), scale, dtype=torch.float32, device=a.device) for scale in (scale_a, scale_b))
+    return torch._scaled_mm(a, b.T, *scales, out_dtype=torch.bfloat16, use_fast_accum=fast)
+
+
+@torch.library.custom_op("speedrun::head_loss", mutates_args=())
+def _head_loss_op(
+    x: Tensor,  # (T, d)
+    head: Tensor,  # (d, V)
+    targets: Tensor,  # (K, T) int64
+    weights: Tensor,  # (K,)
+    chunk: int,  # positions whose logits exist at a time
+    need_grad: bool,
+    fused: bool,
+    fp8: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # loss and next-token loss, 0-dim; gradients of the loss: (T, d), (d, V)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    loss, nll = torch.zeros(2, dtype=wide, device=x.device).unbind()
+    loss, nll = loss.clone(), nll.clone()  # an operator's results must not share memory
+    x_grad = torch.empty_like(x if need_grad else x[:0])
+    chunks = range(0, x.size(0), chunk)
+    head_grad = torch.zeros_like(head if need_grad else head[:0], dtype=wide if len(chunks) > 1 else x.dtype)
+    if fp8:
+        head8 = (head / FP8_HEAD).clamp(-448, 448).to(torch.float8_e4m3fn)  # (d, V)
+        head8_T = head8.T.contiguous()
+    for begin in chunks:
+        some = slice(begin, begin + chunk)
+        xs, ts = x[some], targets[:, some].contiguous()
+        if fp8:
+            x8 = (xs / FP8_X).clamp(-448, 448).to(torch.float8_e4m3fn)
+            logits = scaled_matmul(x8, head8_T, FP8_X, FP8_HEAD, fast=True)
+        else:
+            logits = xs @ head
+        if fused:
+            grad = None
+            if need_grad:
+                grad = torch.empty_like(logits, dtype=torch.float8_e5m2) if fp8 else logits
+            losses, nlls = fused_cross_entropy(logits, ts, weights, grad, FP8_GRAD if fp8 else 1.0)
+        else:
+            losses, nlls, grad = softcapped_cross_entropy(logits, ts, weights)
+            grad = (grad / FP8_GRAD).to(torch.float8_e5m2) if fp8 else grad.to(x.dtype)
+        loss += losses.sum()
+        nll += nlls.sum()
+        if not need_grad:
+            continue
+        if fp8:
+            x_grad[some] = scaled_matmul(grad, head8, FP8_GRAD, FP8_HEAD, fast=False)
+            part = scaled_matmul(x8.T.contiguous(), grad.T.contiguous(), FP8_X, FP8_GRAD, fast=False)
+        else:
+            torch.mm(grad, head.T, out=x_grad[some])
+            part = xs.T @ grad
+        head_grad = part if len(chunks) == 1 else head_grad.add_(part)
+    return loss, nll, x_grad, head_grad.to(head.dtype)
+
+
+@_head_loss_op.register_fake
+def _(x, head, targets, weights, chunk, need_grad, fused, fp8):
+    loss = x.new_empty((), dtype=torch.promote_types(x.dtype, torch.float32))
+    gradients = (x, head) if need_grad else (x[:0], head[:0])
+    return loss, torch.empty_like(loss), *(torch.empty_like(g) for g in gradients)
+
+
+def _head_loss_setup_context(ctx, inputs: tuple, output: tuple) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output[2:])
+
+
+def _head_loss_backward(ctx, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    return *((g * grad).to(g.dtype) for g in ctx.saved_tensors), *(None,) * 6
+
+
+_head_loss_op.register_autograd(_head_loss_backward, setup_context=_head_loss_setup_context)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -550,12 +928,12 @@ POLAR_EXPRESS = (
 )
 
 
-def polar_express(G: Tensor) -> Tensor:
+def polar_express(G: Tensor, fused: bool = False) -> Tensor:
     """Nearest semi-orthogonal matrix U V^T of each matrix of G (n, r, c), approximately; in the dtype of G."""
     X = G.mT if G.size(-2) > G.size(-1) else G  # the Gram matrix on the shorter side
-    X = X / (X.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)
+    X = (X / (X.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)).contiguous()
     for a, b, c in POLAR_EXPRESS:
-        X = torch.baddbmm(X, quadratic(symmetric_product(X), b, c), X, beta=a)
+        X = torch.baddbmm(X, quadratic(symmetric_product(X, fused), b, c, fused), X, beta=a)
     return X.mT if G.size(-2) > G.size(-1) else X
 
 
@@ -579,16 +957,71 @@ def join_halves(high: Tensor, low: Tensor) -> Tensor:
 def split_halves(master: Tensor, high: Tensor, low: Tensor) -> None:
     """Store a float32 master as bfloat16 `high` (truncated) and int16 `low`; `join_halves` restores it bit for bit."""
     bits = master.view(torch.int32)
-    high.view(torch.int16).copy_(bits >> 16)
+    high.copy_((bits >> 16).to(torch.int16).view(torch.bfloat16))
     low.copy_(bits)  # keeps the low 16 bits
+
+
+def normuon_update(
+    p: Tensor,  # (n, r, c) weights; in bfloat16 the upper halves of the master
+    low: Tensor | None,  # (n, r, c) int16, the lower halves
+    grad: Tensor,  # (n, r, c)
+    momentum: Tensor,  # (n, r, c) first moment
+    mean_square: Tensor,  # (n, r, 1), or (n, 1, c) where r < c: second moment
+    lr_mul: Tensor,  # (n, 1, 1) multiplier of each matrix
+    mu: float | Tensor,
+    lr: float | Tensor,  # of this step
+    decay: float,
+    beta2: float,
+    fused: bool,
+) -> None:
+    """Nesterov momentum -> orthogonalize -> even out rows -> cautious decay and step; all in place."""
+    master = p if low is None else join_halves(p, low)
+    grad = grad.to(master.dtype)
+    momentum.add_((grad - momentum) * (1 - mu))
+    update = grad + (momentum - grad) * mu
+    update = polar_express(update.to(p.dtype), fused).to(master.dtype)
+    update = normalize_rows(update, mean_square, beta2)
+    step = lr_mul * lr * math.sqrt(max(1, p.size(1) / p.size(2)))
+    # Cautious decay (arXiv:2510.12402): only where the step shrinks the weight anyway.
+    decayed = master * (update * master >= 0) * (lr * decay)
+    store(master - (update + decayed) * step, p, low)
+
+
+def adam_update(
+    p: Tensor,  # (n,) weights, as for `normuon_update`
+    low: Tensor | None,  # (n,) int16
+    grad: Tensor,  # (n,)
+    exp_avg: Tensor,  # (n,) first moment
+    exp_avg_sq: Tensor,  # (n,) second moment
+    step: float | Tensor,  # lr times bias correction
+    decay: float | Tensor,
+    betas: tuple[float, float],
+    eps: float,
+) -> None:
+    """Adam with cautious decay, in place."""
+    master = p if low is None else join_halves(p, low)
+    grad = grad.to(master.dtype)
+    exp_avg.lerp_(grad, 1 - betas[0])
+    exp_avg_sq.lerp_(grad.square(), 1 - betas[1])
+    update = exp_avg / exp_avg_sq.sqrt().add_(eps) * step
+    store(master - (update + master * (update * master > 0) * decay), p, low)
+
+
+def store(master: Tensor, p: Tensor, low: Tensor | None) -> None:
+    """Put updated weights back in place, in one piece or in halves."""
+    if low is None:
+        p.copy_(master)
+    else:
+        split_halves(master, p, low)
 
 
 class Optimizer:
     """NorMuon and Adam in one object, by the track's table of rules.
 
     Sharded parameters: rank r of W owns the r-th of W equal pieces of the parameter's memory, and the optimizer state
-    of that piece alone. A step reduces all gradients asynchronously (SUM; the loss is already divided by the rows),
-    then updates and gathers parameter by parameter, in the order of `self.order`, while the others are under way.
+    of that piece alone. The sum of a gradient over the ranks (the loss is already divided by the rows) starts as soon
+    as the last backward pass of the step has it, see `expect_gradients`; then `step` updates and gathers parameter by
+    parameter, in the order of `self.order`, while the other sums and gathers are under way.
     """
 
     def __init__(self, params: dict[str, nn.Parameter], config: OptimizerConfig, runtime: Runtime):
@@ -622,6 +1055,15 @@ class Optimizer:
                 self.state[name] = {"exp_avg": zeros(*piece.shape), "exp_avg_sq": zeros(*piece.shape)}
             if p.dtype == torch.bfloat16:
                 self.state[name]["low"] = zeros(*piece.shape, dtype=torch.int16)
+            if runtime.world_size > 1:
+                p.register_post_accumulate_grad_hook(functools.partial(self._gradient_arrived, name))
+        self._missing: set[str] = set()  # parameters without their gradient of the last backward pass yet
+        self._settings: Settings | None = None  # of that step
+        self._sums: dict[str, tuple[Tensor, dist.Work | None]] = {}  # of gradients over the ranks, under way
+        self._normuon_update, self._adam_update = normuon_update, adam_update
+        if runtime.compile:
+            compiled = functools.partial(torch.compile, dynamic=False, fullgraph=True)
+            self._normuon_update, self._adam_update = compiled(normuon_update), compiled(adam_update)
 
     def _piece(self, name: str, tensor: Tensor) -> Tensor:
         """The part of a parameter-shaped tensor that this rank updates, as a view: whole matrices, or flat memory."""
@@ -630,77 +1072,101 @@ class Optimizer:
             return tensor.unflatten(0, (world, -1))[rank]
         return tensor.view(world, -1)[rank]
 
+    def expect_gradients(self, settings: Settings) -> None:
+        """Call before the last backward pass of a step: its gradients are final, so their sums can start."""
+        self._missing, self._settings = set(self.params), settings
+
+    def _due(self, settings: Settings) -> list[str]:
+        """Parameters that a step updates. Adam's wait for odd steps; while tied, embed only mirrors the head."""
+        due = self.order if settings.adam_steps else [n for n in self.order if self.rules[n].kind == "normuon"]
+        return [name for name in due if not (settings.tied and name == "embed")]
+
+    def _gradient_arrived(self, name: str, _: Tensor) -> None:
+        """Hook of the backward pass, where there are several ranks."""
+        if name not in self._missing:
+            return  # not the last backward pass
+        self._missing.remove(name)
+        parts = {"head", "embed"} if self._settings.tied and name in ("head", "embed") else {name}
+        name = "head" if len(parts) > 1 else name
+        if name in self._due(self._settings) and not parts & self._missing:
+            self._start_sum(name, self._settings)
+
+    @torch.no_grad()
+    def _start_sum(self, name: str, settings: Settings) -> None:
+        """Start the sum of a gradient over the ranks; this rank's piece of it is complete after the wait."""
+        grad, world = self.params[name].grad, self.runtime.world_size
+        if settings.tied and name == "head":
+            grad += self.params["embed"].grad.T
+            self.params["embed"].grad = None
+        piece, work = self._piece(name, grad), None
+        if world > 1 and self.rules[name].sharded:
+            piece = torch.empty_like(piece)
+            work = reduce_scatter_single(piece.view(-1), grad.view(-1), async_op=True)
+        elif world > 1:
+            work = dist.all_reduce(grad, async_op=True)
+        self._sums[name] = piece, work
+
     @torch.no_grad()
     def step(self, settings: Settings) -> None:
-        """Apply the gradients in `.grad` and clear them; Adam's parameters wait for odd steps and accumulate."""
-        p = self.params
-        mirrored = settings.tied and settings.adam_steps  # the head is updated for both, embed follows
-        if mirrored:
-            p["head"].grad += p["embed"].grad.T
-            p["embed"].grad = None
-        due = [n for n in self.order if self.rules[n].kind == "normuon" or settings.adam_steps]
-        due = [n for n in due if not (mirrored and n == "embed")]
-        reduces = {name: self._reduce(name) for name in due}
+        """Apply the gradients in `.grad` and clear those; Adam's parameters wait for odd steps and accumulate."""
+        p, due = self.params, self._due(settings)
+        for name in due:
+            if name not in self._sums:
+                self._start_sum(name, settings)
         gathers = []
         for name in due:
-            grad, work = reduces.pop(name)
+            grad, work = self._sums.pop(name)
             if work is not None:
                 work.wait()
-            piece, state = self._piece(name, p[name].data), self.state[name]
-            low = state.get("low")
-            master = piece if low is None else join_halves(piece, low)
-            update = self._normuon if self.rules[name].kind == "normuon" else self._adam
-            update(name, master, grad, settings)
-            if low is not None:
-                split_halves(master, piece, low)
+            piece = self._piece(name, p[name].data)
+            update = self._update_matrices if self.rules[name].kind == "normuon" else self._update_flat
+            update(name, piece, grad, settings)
             p[name].grad = None
             if self.rules[name].sharded and self.runtime.world_size > 1:
                 gathers.append(all_gather_single(p[name].data.view(-1), piece.flatten().clone(), async_op=True))
         for work in gathers:
             work.wait()
-        if mirrored:
+        if settings.tied and settings.adam_steps:
             p["embed"].data.copy_(p["head"].data.T)
         if settings.unties:
             self._hand_over_head_state()
 
-    def _reduce(self, name: str) -> tuple[Tensor, dist.Work | None]:
-        """Start the sum of a gradient over the ranks; returns this rank's piece of it, complete after the wait."""
-        grad = self.params[name].grad
-        if self.runtime.world_size == 1:
-            return self._piece(name, grad), None
-        if not self.rules[name].sharded:
-            return self._piece(name, grad), dist.all_reduce(grad, async_op=True)
-        piece = torch.empty_like(self._piece(name, grad))
-        return piece, reduce_scatter_single(piece.view(-1), grad.view(-1), async_op=True)
+    def _update_matrices(self, name: str, piece: Tensor, grad: Tensor, settings: Settings) -> None:
+        state, config = self.state[name], self.config
+        self._normuon_update(
+            piece,
+            state.get("low"),
+            grad,
+            state["momentum"],
+            state["mean_square"],
+            self.lr_mul[name],
+            self._number(settings.momentum),
+            self._number(config.muon_lr * settings.lr),
+            config.muon_decay * self.rules[name].wd_mul,
+            config.muon_beta2,
+            self.runtime.fused,
+        )
 
-    def _normuon(self, name: str, master: Tensor, grad: Tensor, settings: Settings) -> None:
-        """Nesterov momentum -> orthogonalize -> even out rows -> cautious decay and step. All tensors (n, r, c)."""
-        state, rule, c = self.state[name], self.rules[name], self.config
-        lr = c.muon_lr * settings.lr
-        grad = grad.to(master.dtype)
-        state["momentum"].lerp_(grad, 1 - settings.momentum)
-        update = grad.lerp(state["momentum"], settings.momentum)
-        update = polar_express(update.to(self.params[name].dtype)).to(master.dtype)
-        update = normalize_rows(update, state["mean_square"], c.muon_beta2)
-        rows, cols = master.shape[1:]
-        step = self.lr_mul[name] * (lr * math.sqrt(max(1, rows / cols)))
-        # Cautious decay (arXiv:2510.12402): only where the step shrinks the weight anyway.
-        decay = master * (update * master >= 0) * (lr * c.muon_decay * rule.wd_mul)
-        master.sub_((update + decay) * step)
-
-    def _adam(self, name: str, master: Tensor, grad: Tensor, settings: Settings) -> None:
-        """Bias-corrected Adam with cautious decay. All tensors are flat."""
+    def _update_flat(self, name: str, piece: Tensor, grad: Tensor, settings: Settings) -> None:
         state, rule = self.state[name], self.rules[name]
         beta1, beta2 = rule.betas
         lr = self.config.adam_lr * settings.lr * rule.lr_mul[0]
-        grad = grad.to(master.dtype)
-        state["exp_avg"].lerp_(grad, 1 - beta1)
-        state["exp_avg_sq"].lerp_(grad.square(), 1 - beta2)
         count = (settings.step + 1) // 2  # Adam steps so far, this one included
-        step = lr * math.sqrt(1 - beta2**count) / (1 - beta1**count)
-        update = state["exp_avg"] / state["exp_avg_sq"].sqrt().add_(rule.eps) * step
-        decay = master * (update * master > 0) * (lr**2 * self.config.adam_decay * rule.wd_mul)
-        master.sub_(update + decay)
+        self._adam_update(
+            piece,
+            state.get("low"),
+            grad,
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            self._number(lr * math.sqrt(1 - beta2**count) / (1 - beta1**count)),
+            self._number(lr**2 * self.config.adam_decay * rule.wd_mul),
+            rule.betas,
+            rule.eps,
+        )
+
+    def _number(self, value: float) -> float | Tensor:
+        """What changes from step to step goes to a compiled function as a tensor: a new float would recompile it."""
+        return torch.tensor(value, dtype=torch.float32) if self.runtime.compile else value
 
     def _hand_over_head_state(self) -> None:
         """Give the embedding (V, d) the optimizer state of the head (d, V), transposed and cut anew over the ranks."""
@@ -739,7 +1205,7 @@ class GPT(nn.Module):
     def __init__(self, config: ModelConfig, runtime: Runtime, seed: int = 0):
         """Initialize on the CPU from `seed` alone, so that every device and every number of ranks starts the same."""
         super().__init__()
-        self.config = config
+        self.config, self.runtime = config, runtime
         self.layers = config.layers
         d, V, L, H = config.width, config.padded_vocab, config.num_layers, config.num_heads
         hidden, gate = config.mlp_ratio * d, config.gate_dim
@@ -818,13 +1284,12 @@ class GPT(nn.Module):
     def _row_loss(self, inputs, targets, cu_seqlens, max_seqlen, windows, tables, attn_scale, weights):
         x = self.hidden(inputs, cu_seqlens, max_seqlen, windows, tables, attn_scale)
         ahead = torch.stack([F.pad(targets[k:], (0, k), value=-1) for k in range(weights.numel())])  # (K, T)
-        # Without gradients (validation) the logits of a long row need not exist at once: 16,384 x 50,304 take 3.3 GB.
-        chunk = x.size(0) if torch.is_grad_enabled() else 16384
-        total = nll = 0
-        for xs, ts in zip(x.split(chunk), ahead.split(chunk, dim=1), strict=True):
-            parts = multi_token_cross_entropy(xs @ self.head, ts, weights)
-            total, nll = total + parts[0], nll + parts[1]
-        return total, nll
+        training, runtime = torch.is_grad_enabled(), self.runtime
+        chunk = runtime.loss_chunk(len(x), self.config.padded_vocab)
+        loss, nll, _, _ = torch.ops.speedrun.head_loss(
+            x, self.head, ahead, weights, chunk, training, runtime.fused, runtime.fp8 and training
+        )
+        return loss, nll
 
     def hidden(
         self,
@@ -871,7 +1336,7 @@ class GPT(nn.Module):
                 y = self.attend(layer, qkv, ve, cu_seqlens, max_seqlen, windows, tables, attn_scale)
                 y = y * torch.sigmoid(F.linear(h[:, :g], self.attn_gates[layer.attention]))[..., None]
                 x = x + F.linear(y.flatten(1), sa_o * w_o[0])
-            x = x + relu_squared_mlp(norm(x), mlp_bank[2 * i], mlp_bank[2 * i + 1])
+            x = x + relu_squared_mlp(norm(x), mlp_bank[2 * i], mlp_bank[2 * i + 1], self.runtime.fused)
             if layer.kept:
                 outputs[i] = x
         if c.backout_layer in outputs:
@@ -1065,7 +1530,7 @@ class Loader:
         if step + 1 < self.track.schedule.total_steps:
             ahead = (step + 1, self.position)
             self._prefetched = (*ahead, self._worker.submit(self._make, *ahead))
-        return [row.to(self.runtime) for row in rows]
+        return rows
 
     def _shard(self, index: int) -> Shard:
         """The shard and, already under way, the one after it; all others are let go."""
@@ -1081,7 +1546,7 @@ class Loader:
         return self._shards[index]
 
     def _make(self, step: int, position: LoaderPosition) -> tuple[list[Row], LoaderPosition]:
-        """The rank's rows of a step that begins at `position` (in pinned memory), and the position after it."""
+        """The rank's rows of a step that begins at `position`, on the device, and the position after it."""
         stage, rows_per_step = self.track.at(step).stage, self.track.data.rows_per_step
         n = stage.tokens // rows_per_step
         shard_index, document = position.shard, position.document
@@ -1096,7 +1561,7 @@ class Loader:
             shard_index, document = shard_index + 1, 0  # the remainder of this shard cannot fill the step: drop it
         mine = rows_per_step // self.runtime.world_size
         rows = rows[self.runtime.rank * mine : (self.runtime.rank + 1) * mine]
-        made = [self._row(shard, pieces, n, stage.max_doc_len) for pieces in rows]
+        made = [self._row(shard, pieces, n, stage.max_doc_len).to(self.runtime) for pieces in rows]
         return made, LoaderPosition(shard_index, after)
 
     def _row(self, shard: Shard, pieces: list[slice], n: int, max_doc_len: int) -> Row:
@@ -1183,6 +1648,15 @@ class Options:
     """auto: CUDA where there is a GPU."""
     dtype: Literal["auto", "bfloat16", "float32", "float64"] = "auto"
     """Of weights and activations. auto: bfloat16 on CUDA and on CPUs that multiply it in hardware, else float32."""
+    attention: Literal["auto", "FA2", "FA3", "FA4"] = "auto"
+    """FlashAttention on CUDA: FA2 is torch's own, the others have to be installed. auto: the best that is there."""
+    kernels: Literal["auto", "triton", "plain"] = "auto"
+    """The hot operations: Triton kernels, or plain PyTorch. auto: Triton on CUDA where it is installed."""
+    head: Literal["auto", "fp8", "plain"] = "auto"
+    """Matrix products of the head in training: FP8, or the dtype of the rest. auto: FP8 where the GPU has it."""
+    loss_chunk: int | None = None
+    """Positions of a row whose logits exist at a time; the loss is the same. Default: what an eighth of the GPU's
+    memory holds. Lower it where memory runs out."""
     compile: bool = field(default_factory=torch.cuda.is_available)
     """Compile the model with torch.compile. Default: where there is CUDA; with it, --device cpu never compiles."""
     warmup: bool = True
@@ -1201,6 +1675,21 @@ class Runtime:
     dtype: torch.dtype = torch.float32
     compile: bool = False
     attention: str = "block-local"
+    fused: bool = False
+    """Triton kernels for the hot operations."""
+    fp8: bool = False
+    """Head in FP8 while training."""
+    max_loss_chunk: int | None = None
+    """--loss-chunk"""
+    logits_memory: int = 10**9
+    """Bytes that logits and their gradient may take where that is not given."""
+
+    def loss_chunk(self, positions: int, vocab_size: int) -> int:
+        """Positions of a row whose logits are to exist at a time: equal parts, multiples of 16 as FP8 wants them."""
+        bytes_each = vocab_size * (4 if self.fused else 24)  # bfloat16, in place or FP8 and its transpose; or float32
+        most = self.max_loss_chunk or max(self.logits_memory // bytes_each, 16)
+        parts = -(-positions // most)
+        return min(-(-positions // parts // 16) * 16, positions)
 
     @staticmethod
     def create(options: Options) -> Runtime:
@@ -1230,6 +1719,16 @@ class Runtime:
                 )
         else:
             keep_freed_memory()
+        has_fp8 = cuda and torch.cuda.get_device_capability() >= (8, 9)
+        for name, wanted, present, least in (
+            ("--kernels triton", options.kernels == "triton", cuda and triton, "CUDA and the package triton"),
+            ("--head fp8", options.head == "fp8", has_fp8, "a GPU of compute capability 8.9 (Ada, Hopper) or newer"),
+        ):
+            if wanted and not present:
+                raise SpeedrunError(f"{name} needs {least}. Drop it: the default is what works here.")
+        if options.loss_chunk is not None and options.loss_chunk < 1:
+            raise SpeedrunError(f"--loss-chunk: found {options.loss_chunk}, expected at least 1.")
+        memory = torch.cuda.get_device_properties(device).total_memory if cuda else 8 * 10**9
         if world_size > 1:
             dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
         fast_bfloat16 = cuda or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
@@ -1240,7 +1739,11 @@ class Runtime:
             world_size=world_size,
             dtype=getattr(torch, name),
             compile=options.compile and cuda == torch.cuda.is_available(),
-            attention=activate_flash_attention() if cuda else "block-local",
+            attention=activate_flash_attention(options.attention) if cuda else "block-local",
+            fused=bool(cuda and triton and options.kernels != "plain"),
+            fp8=has_fp8 and options.head != "plain",
+            max_loss_chunk=options.loss_chunk,
+            logits_memory=memory // 8,
         )
 
     def to_device(self, tensor: Tensor) -> Tensor:
@@ -1264,7 +1767,9 @@ class Runtime:
             f"Running PyTorch {torch.__version__} compiled for CUDA {torch.version.cuda}, numpy {np.__version__}",
             f"Platform: {platform.platform()}",
             f"Device: {self.device.type} x {self.world_size}, dtype {str(self.dtype).removeprefix('torch.')}, "
-            f"compile {self.compile}, attention {self.attention}, head matmul {str(self.dtype).removeprefix('torch.')}",
+            f"compile {self.compile}, attention {self.attention}, head matmul "
+            f"{'FP8' if self.fp8 else str(self.dtype).removeprefix('torch.')}, "
+            f"kernels {f'Triton {triton.__version__}' if self.fused else 'plain PyTorch'}",
         ]
         if self.device.type == "cuda":
             try:
@@ -1288,18 +1793,27 @@ def keep_freed_memory() -> None:
             libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def activate_flash_attention() -> str:
-    """Let varlen_attn run FlashAttention-3 or -4 where one is installed and the GPU can; returns which one runs."""
+def activate_flash_attention(wanted: str = "auto") -> str:
+    """Let varlen_attn run FlashAttention-3 or -4 where one is installed and the GPU can; returns which one runs.
+
+    Raises SpeedrunError if the `wanted` one cannot run.
+    """
     import torch.nn.attention.varlen  # here, because it takes 1.4 s that a CPU run need not wait for
 
-    major = torch.cuda.get_device_capability()[0]
+    major, errors = torch.cuda.get_device_capability()[0], []
     for version, majors in (("FA3", (9,)), ("FA4", (9, 10))):
-        if major in majors:
-            try:
-                torch.nn.attention.activate_flash_attention_impl(version)
-                return version
-            except (ImportError, RuntimeError, ValueError):
-                continue  # not installed
+        if wanted not in ("auto", version):
+            continue
+        if major not in majors:
+            errors.append(f"{version} is for compute capability {majors}, this GPU has {major}")
+            continue
+        try:
+            torch.nn.attention.activate_flash_attention_impl(version)
+            return version
+        except (ImportError, RuntimeError, ValueError) as error:  # not installed, or not with this torch
+            errors.append(str(error))
+    if wanted in ("FA3", "FA4"):
+        raise SpeedrunError(f"--attention {wanted}: {'; '.join(errors)}. Install it, or drop the option.")
     return "FA2 of torch"
 
 
@@ -1396,8 +1910,11 @@ class Trainer:
         settings, num_rows = self.track.at(step), self.track.data.rows_per_step
         weights = self._weights(settings.prediction_weights)
         total = torch.zeros((), dtype=weights.dtype, device=self.runtime.device)
-        for row in self.loader.next(step):
+        rows = self.loader.next(step)
+        for row in rows:
             loss, nll = self.model(row, settings, weights)
+            if row is rows[-1]:
+                self.optimizer.expect_gradients(settings)
             (loss / num_rows).backward()
             total += nll / settings.stage.tokens
         self.optimizer.step(settings)

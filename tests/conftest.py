@@ -15,6 +15,9 @@ REPO = Path(__file__).resolve().parents[1]
 if str(REPO) not in sys.path:  # for scripts in tests/; pytest itself has it from pyproject.toml
     sys.path.insert(0, str(REPO))
 
+if not torch.cuda.is_available():  # read when kernels are defined: they run on the CPU, statement by statement
+    os.environ["TRITON_INTERPRET"] = "1"
+
 import train_gpt  # noqa: E402 - only now is it on the path
 from train_gpt import NANO, Runtime, Track  # noqa: E402
 
@@ -119,6 +122,13 @@ def torchrun(num_processes: int, *command, timeout: float = 300) -> subprocess.C
     """Run a script in `num_processes` CPU processes that torchrun starts."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", num_processes]
     return run_process([*launcher, *command], timeout=timeout)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
 
 
 @pytest.fixture(scope="session")

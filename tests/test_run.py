@@ -485,22 +485,22 @@ def world():
             torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(), sys.argv,
             torch.get_float32_matmul_precision(), torch.is_grad_enabled(), torch.cuda.is_initialized(),
             torch.distributed.is_available() and torch.distributed.is_initialized()]
-before = world()
+before, start = world(), time.process_time()
 import train_gpt
 assert world() == before
-print(time.process_time())
+print(time.process_time() - start)
 """
 
 
-def test_importing_takes_under_5_seconds_and_does_nothing(tmp_path):
-    """Catches: a run, a process group, a seed, a thread count or a file made by `import train_gpt`. The time is that of
-    the whole process, torch included, in CPU seconds: other work on the machine does not count."""
+def test_importing_takes_under_3_seconds_and_does_nothing(tmp_path):
+    """Catches: a run, a process group, a seed, a thread count or a file made by `import train_gpt`. The time is
+    what it adds to that of torch, in CPU seconds: other work on the machine counts for less."""
     script = tmp_path / "import_it.py"
     script.write_text(IMPORT)
     done = run_process([sys.executable, script])
     assert done.returncode == 0, done.stderr
     assert done.stderr == "" and re.fullmatch(r"\d+\.\d+\n", done.stdout)
-    assert float(done.stdout) < 5
+    assert float(done.stdout) < 3
 
 
 def test_a_damaged_shard_gives_no_traceback_in_a_real_process(tiny_data, tmp_path):

@@ -1,0 +1,393 @@
+"""Triton kernels and the operators around them: in Triton's interpreter against float64, compiled for every GPU that we
+name, and (marked `cuda`) on one."""
+
+import os
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import cpu, run_process
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import train_gpt
+from train_gpt import GPT, NANO, SMALL, Row, fused_cross_entropy, rotary_tables
+
+triton = pytest.importorskip("triton")
+
+INTERPRETED = [pytest.param("cpu", torch.float32, 1e-5), pytest.param("cpu", torch.float16, 4e-3)]
+ON_GPU = [pytest.param("cuda", torch.bfloat16, 1e-2, marks=pytest.mark.cuda)]
+if torch.cuda.is_available():  # there the kernels are compiled, and the interpreter is off
+    INTERPRETED = []
+KINDS = pytest.mark.parametrize("device, dtype, tolerance", INTERPRETED + ON_GPU)
+sizes = st.integers(1, 70)
+
+
+def error(found: torch.Tensor, truth: torch.Tensor) -> float:
+    """Largest difference over the root mean square of the truth."""
+    return float(
+        (found.detach().double().cpu() - truth.cpu()).abs().max() / truth.square().mean().sqrt().clamp_min(1e-30)
+    )
+
+
+def random(*shape: int, seed: int = 0, scale: float = 1.0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scale
+
+
+def rounded(x: torch.Tensor, device: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """x in the kernel's dtype, and the same values in float64: rounding the input is not the kernel's error."""
+    low = x.to(dtype)
+    return low.to(device), low.double()
+
+
+# ---- symmetric products ----
+
+
+@KINDS
+@settings(max_examples=12, deadline=None)
+@given(n=st.integers(1, 3), r=sizes, c=sizes, transposed=st.booleans())
+def test_symmetric_product_is_x_xt(device, dtype, tolerance, n, r, c, transposed):
+    """Catches tiles left out, mirrored wrongly or cut wrongly at odd sizes, and strides that are not listened to."""
+    X, exact = rounded(random(n, c, r).mT if transposed else random(n, r, c), device, dtype)
+    Y = torch.ops.speedrun.symmetric_product(X)
+    truth = exact @ exact.mT
+    assert torch.equal(Y, Y.mT)
+    assert error(Y, truth) < 8 * tolerance * max(1, c**0.5 / 4)
+
+
+@KINDS
+@settings(max_examples=12, deadline=None)
+@given(n=st.integers(1, 3), r=sizes)
+def test_quadratic_is_ba_plus_ca2(device, dtype, tolerance, n, r):
+    G, _ = rounded(random(n, r, r, seed=1), device, dtype)
+    A, exact = rounded(((G + G.mT) / 2).double().cpu(), device, dtype)
+    Y = torch.ops.speedrun.quadratic(A, -2.5, 0.7)
+    assert torch.equal(Y, Y.mT)
+    assert error(Y, -2.5 * exact + 0.7 * exact @ exact) < 8 * tolerance
+
+
+@pytest.mark.parametrize("tiles", [1, 2, 3, 7, 24, 100])
+def test_every_tile_below_the_diagonal_is_numbered_once(tiles):
+    """The kernel's way from a number to (row, column), in float32 as there."""
+    numbers = torch.arange(tiles * (tiles + 1) // 2)
+    i = ((torch.sqrt(8 * numbers.float() + 1) - 1) / 2).int()
+    i += ((i + 1) * (i + 2) // 2 <= numbers).int() - (i * (i + 1) // 2 > numbers).int()
+    pairs = torch.stack((i, numbers - i * (i + 1) // 2), 1)
+    assert pairs.tolist() == [[row, col] for row in range(tiles) for col in range(row + 1)]
+
+
+# ---- the MLP ----
+
+
+def mlp_truth(h: torch.Tensor, fc: torch.Tensor, proj: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Output and gradients of relu(h fc^T)^2 proj by autograd, float64."""
+    leaves = [x.clone().requires_grad_() for x in (h, fc, proj)]
+    out = torch.relu(leaves[0] @ leaves[1].T) ** 2 @ leaves[2]
+    return out.detach(), *torch.autograd.grad(out, leaves, grad)
+
+
+def mlp_of_kernel(h, fc, proj, grad) -> tuple[torch.Tensor, ...]:
+    leaves = [x.clone().requires_grad_() for x in (h, fc, proj)]
+    out = train_gpt.relu_squared_mlp(*leaves, fused=True)
+    return out.detach(), *torch.autograd.grad(out, leaves, grad)
+
+
+@KINDS
+@pytest.mark.parametrize("descriptors", [False, True])
+@settings(max_examples=6, deadline=None)
+@given(T=st.integers(1, 70), d=st.integers(1, 40), hidden=sizes)
+def test_mlp_and_its_gradients(device, dtype, tolerance, descriptors, T, d, hidden):
+    """Catches a tile visited twice or never by the persistent programs, wrong halves, a wrong root or factor."""
+    if device == "cpu":
+        patch = pytest.MonkeyPatch()
+        patch.setattr(train_gpt, "tiles", lambda _: replace(train_gpt.INTERPRETED_TILES, descriptors=descriptors))
+    d, hidden = (
+        (8 * (d // 8 + 1), 8 * (hidden // 8 + 1)) if descriptors else (d, hidden)
+    )  # descriptors want rows of a multiple of 16 bytes
+    inputs = [random(T, d, seed=1), random(hidden, d, seed=2, scale=d**-0.5), random(hidden, d, seed=3, scale=d**-0.5)]
+    pairs = [rounded(x, device, dtype) for x in (*inputs, random(T, d, seed=4))]
+    try:
+        results = mlp_of_kernel(*(low for low, _ in pairs))
+    finally:
+        if device == "cpu":
+            patch.undo()
+    for found, truth in zip(results, mlp_truth(*(exact for _, exact in pairs)), strict=True):
+        assert error(found, truth) < 10 * tolerance
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="float32 in the interpreter")
+def test_mlp_gradient_is_the_slope_of_the_output():
+    """Finite differences of the plain formula in float64, along random directions."""
+    h, fc, proj, grad = (random(*shape, seed=i) for i, shape in enumerate([(20, 24), (40, 24), (40, 24), (20, 24)]))
+    _, *found = mlp_of_kernel(*(x.float() for x in (h, fc, proj, grad)))
+    value = lambda h, fc, proj: ((torch.relu(h @ fc.T) ** 2 @ proj) * grad).sum()
+    for i in range(3):
+        direction = random(*(h, fc, proj)[i].shape, seed=9)
+        moved = lambda eps, i=i, v=direction: value(
+            *(x + eps * v if j == i else x for j, x in enumerate((h, fc, proj)))
+        )
+        slope = (moved(1e-6) - moved(-1e-6)) / 2e-6
+        assert float((found[i].double() * direction).sum()) == pytest.approx(float(slope), rel=1e-4)
+
+
+# ---- the loss ----
+
+
+def plain_loss(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Per position, in the words of SPEC: softmax of 23 sigmoid((z + 5) / 7.5), cross-entropy for each target."""
+    log_p = torch.log_softmax(23 / (1 + torch.exp(-(logits + 5) / 7.5)), dim=1)
+    losses, first = [], []
+    for t in range(len(logits)):
+        each = [-log_p[t, target] if target >= 0 else log_p.new_zeros(()) for target in targets[:, t]]
+        losses.append(sum(w * ce for w, ce in zip(weights, each, strict=True)))
+        first.append(each[0])
+    return torch.stack(losses), torch.stack(first)
+
+
+def loss_truth(logits, targets, weights) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    logits = logits.clone().requires_grad_()
+    losses, first = plain_loss(logits, targets, weights.double())
+    return losses.detach(), first.detach(), torch.autograd.grad(losses.sum(), logits)[0]
+
+
+def some_targets(K: int, T: int, V: int, seed: int = 5) -> torch.Tensor:
+    """As in a row: the targets of k are those of 0 moved by k, none past the end; and a few more left out."""
+    generator = torch.Generator().manual_seed(seed)
+    row = torch.randint(0, V, (T,), generator=generator)
+    targets = torch.stack([torch.cat((row[k:], row.new_full((min(k, T),), -1))) for k in range(K)])
+    return torch.where(torch.rand(targets.shape, generator=generator) < 0.1, -1, targets)
+
+
+@KINDS
+@settings(max_examples=12, deadline=None)
+@given(T=st.integers(1, 12), V=st.integers(2, 200), K=st.integers(1, 3), scale=st.sampled_from([0.1, 3.0, 1e3]))
+def test_cross_entropy_and_its_gradient(device, dtype, tolerance, T, V, K, scale):
+    """Catches padding that enters the sum, a wrong chain rule of the soft-cap, targets not ignored, overflow."""
+    logits, exact = rounded(random(T, V, scale=scale), device, dtype)
+    targets, weights = some_targets(K, T, V), torch.tensor([1.0, 0.5, 0.25][:K])
+    losses, nlls, grad = loss_truth(exact, targets, weights)
+    for in_place in (False, True):
+        out = logits.clone()
+        of = out if in_place else logits
+        found = fused_cross_entropy(of, targets.to(device), weights.to(device), out, grad_scale=0.5)
+        assert torch.allclose(found[0].double().cpu(), losses, rtol=1e-4, atol=1e-4)
+        assert torch.allclose(found[1].double().cpu(), nlls, rtol=1e-4, atol=1e-4)
+        assert torch.allclose(0.5 * out.double().cpu(), grad, rtol=2 * tolerance, atol=2 * tolerance)
+    untouched = logits.clone()
+    again = fused_cross_entropy(untouched, targets.to(device), weights.to(device), None)
+    assert torch.equal(untouched, logits) and torch.equal(again[0], found[0])
+
+
+@settings(max_examples=50, deadline=None)
+@given(T=st.integers(1, 12), V=st.integers(2, 40), K=st.integers(1, 3), scale=st.sampled_from([0.1, 3.0, 1e3]))
+def test_the_plain_twin_of_the_cross_entropy(T, V, K, scale):
+    """The gradient written by hand equals autograd of the formula, in float64 to rounding."""
+    logits, targets, weights = random(T, V, scale=scale), some_targets(K, T, V), random(K).abs()
+    found = train_gpt.softcapped_cross_entropy(logits, targets, weights)
+    for a, b in zip(found, loss_truth(logits, targets, weights), strict=True):
+        assert torch.allclose(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_the_gradient_of_the_loss_is_its_slope():
+    logits, targets, weights = random(6, 30), some_targets(2, 6, 30), torch.tensor([1.0, 0.5], dtype=torch.float64)
+    grad = train_gpt.softcapped_cross_entropy(logits, targets, weights)[2]
+    v = random(6, 30, seed=8)
+    up, down = (plain_loss(logits + eps * v, targets, weights)[0].sum() for eps in (1e-6, -1e-6))
+    assert float((grad * v).sum()) == pytest.approx(float((up - down) / 2e-6), rel=1e-6)
+
+
+# ---- head and loss ----
+
+
+def head_truth(x, head, targets, weights) -> tuple[torch.Tensor, ...]:
+    x, head = x.clone().requires_grad_(), head.clone().requires_grad_()
+    losses, first = plain_loss(x @ head, targets, weights.double())
+    return losses.sum().detach(), first.sum().detach(), *torch.autograd.grad(losses.sum(), (x, head))
+
+
+def run_head(x, head, targets, weights, chunk, fused, fp8=False) -> tuple[torch.Tensor, ...]:
+    """Loss, next-token loss, and the gradients of a loss that is halved after it."""
+    x, head = x.clone().requires_grad_(), head.clone().requires_grad_()
+    loss, nll, _, _ = torch.ops.speedrun.head_loss(x, head, targets, weights, chunk, True, fused, fp8)
+    x_grad, head_grad = torch.autograd.grad(loss / 2, (x, head))
+    return loss.detach(), nll, 2 * x_grad, 2 * head_grad
+
+
+@KINDS
+@pytest.mark.parametrize("chunk", [7, 16, 1000])
+@pytest.mark.parametrize("fused", [False, True])
+def test_head_and_loss_over_slices_of_the_row(device, dtype, tolerance, chunk, fused):
+    """Catches a slice left out, counted twice or with another's targets, and a gradient that is not accumulated."""
+    T, d, V = 20, 24, 130
+    x, exact_x = rounded(random(T, d), device, dtype)
+    head, exact_head = rounded(random(d, V, seed=1), device, dtype)
+    targets, weights = some_targets(3, T, V), torch.tensor([1.0, 0.5, 0.2])
+    found = run_head(x, head, targets.to(device), weights.to(device), chunk, fused)
+    for a, b in zip(found, head_truth(exact_x, exact_head, targets, weights), strict=True):
+        assert error(a, b) < 10 * tolerance
+
+
+def test_head_and_loss_in_float64_equal_the_formula():
+    x, head, targets, weights = random(30, 8), random(8, 50, seed=1), some_targets(2, 30, 50), random(2).abs()
+    truth = head_truth(x, head, targets, weights)
+    for chunk in (1, 11, 30):
+        for a, b in zip(run_head(x, head, targets, weights, chunk, fused=False), truth, strict=True):
+            assert torch.allclose(a, b, rtol=1e-10, atol=1e-12)
+
+
+FP8_DEVICES = ["cpu"] if not torch.cuda.is_available() else [pytest.param("cuda", marks=pytest.mark.cuda)]
+
+
+@pytest.mark.parametrize("device", FP8_DEVICES)
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("chunk", [16, 32])
+def test_the_fp8_head(device, fused, chunk):
+    """Relative error (Frobenius); a forgotten scale or a wrong transpose is off by far more.
+
+    Rounding a number to the 2 bits of e5m2 is an error of 5.1e-2 (root mean square), and that is what the gradients
+    have; the losses are within 5e-3. The interpreter rounds e5m2 toward zero, which is twice as far as to the nearest.
+    """
+    most = 1e-1 if fused and device == "cpu" else 5.5e-2
+    if device == "cuda" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("no FP8 before compute capability 8.9")
+    T, d, V = 32, 128, 192
+    x, exact_x = rounded(random(T, d), device, torch.bfloat16)
+    head, exact_head = rounded(random(d, V, seed=1, scale=0.2), device, torch.bfloat16)
+    targets, weights = some_targets(3, T, V), torch.tensor([1.0, 0.5, 0.2])
+    found = run_head(x, head, targets.to(device), weights.to(device), chunk, fused, fp8=True)
+    truth = head_truth(exact_x, exact_head, targets, weights)
+    errors = [float((a.detach().double().cpu() - b).norm() / b.norm()) for a, b in zip(found, truth, strict=True)]
+    assert max(errors[:2]) < 5e-3 and max(errors[2:]) < most, errors
+
+
+def test_the_length_of_the_slices():
+    """Catches an estimate that ignores the option or the memory, uneven slices, and one that FP8 cannot multiply."""
+    vocab = SMALL.model.padded_vocab
+    of = lambda **fields: replace(cpu(), **fields).loss_chunk
+    assert of(max_loss_chunk=4096)(49152, vocab) == 4096
+    assert of(max_loss_chunk=30_000)(49152, vocab) == 49152 // 2
+    assert of(fused=True, logits_memory=80 * 2**30 // 8)(49152, vocab) == 49152
+    assert of(fused=True, logits_memory=24 * 2**30 // 8)(49152, vocab) * vocab * 4 <= 24 * 2**30 // 8
+    assert of()(1024, 384) == 1024
+    for positions in (1, 15, 100, 49152):
+        for limit in (1, 16, 33, 5000):
+            chunk = of(max_loss_chunk=limit)(positions, vocab)
+            assert chunk == positions or (chunk % 16 == 0 and chunk < limit + 16)
+
+
+# ---- operators of torch ----
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="float32 in the interpreter")
+def test_torch_accepts_the_operators():
+    """Schema, shapes and dtypes without data, autograd, tracing: what torch.compile relies on."""
+    leaf = lambda *shape: random(*shape).float().requires_grad_()
+    ops = torch.ops.speedrun
+    torch.library.opcheck(ops.symmetric_product.default, (random(2, 9, 5).float().mT,))
+    torch.library.opcheck(ops.quadratic.default, (random(2, 9, 9).float(), 1.0, 2.0))
+    torch.library.opcheck(ops.relu_squared_mlp.default, (leaf(5, 8), leaf(16, 8), leaf(16, 8)))
+    targets, weights = some_targets(2, 20, 40), torch.tensor([1.0, 0.5])
+    for need_grad in (True, False):
+        arguments = (leaf(20, 8), leaf(8, 40), targets, weights, 7, need_grad, True, False)
+        tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+        torch.library.opcheck(ops.head_loss.default, arguments, test_utils=tests)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="float32 in the interpreter")
+def test_a_whole_model_on_kernels_equals_the_plain_one():
+    """Catches a kernel called with the wrong operands by the model: loss, gradients, and an optimizer step."""
+    config = replace(NANO.model, num_layers=4, num_heads=2, head_dim=16, skips=(), value_embeds=((0, 0),))
+    config = replace(config, paired_layers=(1,), long_layers=(0,), backout_layer=2)
+    generator = torch.Generator().manual_seed(3)
+    tokens = torch.randint(0, 257, (49,), generator=generator)
+    row = Row(tokens[:-1], tokens[1:], torch.tensor([0, 11, 30, 48, 48], dtype=torch.int32), 48)
+    settings = replace(NANO, model=config).at(1)
+    results = []
+    for fused in (False, True):
+        model = GPT(config, replace(cpu(), fused=fused, max_loss_chunk=32 if fused else None), seed=1)
+        with torch.no_grad():
+            model.mlp_bank.add_(torch.randn(model.mlp_bank.shape, generator=torch.Generator().manual_seed(5)) * 0.1)
+        params = dict(model.named_parameters())
+        optimizer = train_gpt.Optimizer(params, NANO.optimizer, replace(cpu(), fused=fused))
+        loss, _ = model(row, settings, torch.tensor(settings.prediction_weights))
+        loss.backward()
+        grads = {name: p.grad.clone() for name, p in params.items()}
+        optimizer.step(settings)
+        results.append((loss.detach(), grads, {name: p.detach().clone() for name, p in params.items()}))
+    (loss, grads, weights), (fused_loss, fused_grads, fused_weights) = results
+    assert float(fused_loss) == pytest.approx(float(loss), rel=1e-5)
+    for name in grads:
+        assert error(fused_grads[name], grads[name].double()) < 1e-3, name
+    # Adam's first step is the sign of a gradient, which rounding can turn; the banks are orthogonalized.
+    assert error(fused_weights["mlp_bank"], weights["mlp_bank"].double()) < 1e-3
+    rotary_tables.cache_clear()
+
+
+# ---- compiled, without a GPU ----
+
+AHEAD_OF_TIME = """
+import sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+import train_gpt
+from train_gpt import BIG_TILES, SMALL_TILES
+
+SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KB a program can have (CUDA C++ Programming Guide)
+MULTIPLES_OF_16 = {"r", "c", "M", "N", "T", "V"}  # as Triton itself finds out for the sizes of `small`
+
+def compile(kernel, capability, types, constants, warps, stages):
+    types = types | {name: "constexpr" for name in constants}
+    aligned = [n for n, t in types.items() if t.startswith("*") or (n in MULTIPLES_OF_16 and t != "constexpr")]
+    attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    source = ASTSource(kernel, types, constants, attributes)
+    target = GPUTarget("cuda", capability, 32)
+    made = triton.compile(source, target=target, options={"num_warps": warps, "num_stages": stages})
+    assert made.metadata.shared <= SHARED[capability] * 1024, (kernel.__name__, capability, made.metadata.shared)
+    return made.asm["ptx"]
+
+for capability in map(int, sys.argv[1:]):
+    tiles = BIG_TILES if SHARED[capability] >= 227 else SMALL_TILES
+    block = min(tiles.m, tiles.n)
+    ints = lambda names: {name: "i32" for name in names.split()}
+    for add in (False, True):
+        types = {"X": "*bf16", "Y": "*bf16", "alpha": "fp32", "beta": "fp32"} | ints("r c")
+        ptx = compile(train_gpt._symmetric, capability, types, {"ADD": add, "BLOCK": block, "BLOCK_K": tiles.k},
+                      tiles.warps, tiles.stages)
+        assert ("wgmma" in ptx) == (capability == 90)
+    for forward in (True, False):
+        blocks = {"a": (tiles.m, tiles.k), "b": (tiles.n, tiles.k), "out": (tiles.m, tiles.n // 2)}
+        operand = lambda rows, cols: f"tensordesc<bf16[{rows}, {cols}]>" if tiles.descriptors else "*bf16"
+        types = {name: operand(*block) for name, block in blocks.items()} | {"post": "*bf16"} | ints("M N K")
+        constants = {"FORWARD": forward, "DESCRIPTORS": tiles.descriptors, "BLOCK_M": tiles.m, "BLOCK_N": tiles.n,
+                     "BLOCK_K": tiles.k, "GROUP": 8}
+        ptx = compile(train_gpt._linear_relu_square, capability, types, constants, tiles.warps,
+                      tiles.stages if forward else tiles.stages - 1)
+        assert ("wgmma" in ptx) == (capability == 90)
+        assert ("cp.async.bulk.tensor" in ptx) == tiles.descriptors
+    for grad in ["*bf16"] + ["*fp8e5"] * (capability >= 89):
+        pointers = {"logits": "*bf16", "targets": "*i64", "weights": "*fp32", "losses": "*fp32", "nlls": "*fp32"}
+        types = pointers | {"grad": grad, "grad_scale": "fp32"} | ints("T V")
+        compile(train_gpt._cross_entropy, capability, types, {"K": 3, "GRAD": True, "BLOCK": 4096}, 8, 3)
+    print(capability, "compiled")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler is for Linux")
+@pytest.mark.parametrize(
+    "capabilities",
+    [["80", "89", "90"], pytest.param(["86", "100", "120"], marks=pytest.mark.slow)],
+    ids=" ".join,
+)
+def test_kernels_compile_for_every_gpu(capabilities, tmp_path, monkeypatch):
+    """What the interpreter lets pass: types that change in a loop, more shared memory than the GPU has, a product that
+    does not run on Hopper's own instruction. Compiles to machine code; a GPU is not needed."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    script = tmp_path / "ahead_of_time.py"
+    script.write_text(AHEAD_OF_TIME)
+    done = run_process([sys.executable, script, *capabilities])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.split() == [word for c in capabilities for word in (c, "compiled")]
+    assert "TRITON_INTERPRET" not in os.environ
