@@ -2014,7 +2014,7 @@ def train(track: Track, options: Options, runtime: Runtime) -> float:
         if runtime.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
 
-    clock, tokens_seen, losses = Clock(runtime), 0, []
+    clock, tokens_seen, losses, graphs = Clock(runtime), 0, [], compilations()
     with tqdm(total=stop, unit="step", disable=None if runtime.rank == 0 else True) as bar:
         clock.start()
         for step in range(stop + 1):
@@ -2039,8 +2039,15 @@ def train(track: Track, options: Options, runtime: Runtime) -> float:
                 bar.set_postfix_str(f"loss {train_loss:.4f}, {tokens_seen / clock.read():,.0f} tokens/s")
                 if bar.disable and (step + 1) % (10 * LOSS_EVERY) == 0:
                     say(line)  # where no bar can be drawn
+    if runtime.compile:
+        log.write(f"compilations after the clock started: {compilations() - graphs}")
     finish(trainer, log, options, clock.elapsed, val_loss, stop, say)
     return val_loss
+
+
+def compilations() -> int:
+    """Graphs that torch.compile has made so far in this process."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"] if "torch._dynamo" in sys.modules else 0
 
 
 def require_finite(kind: str, loss: float, step: int, log: RunLog) -> None:
@@ -2049,6 +2056,16 @@ def require_finite(kind: str, loss: float, step: int, log: RunLog) -> None:
         message = f"the {kind} loss is {loss} after {step} steps: the run stops."
         log.write(message)
         raise SpeedrunError(f"{message} Lower the learning rates. Log: {log.path}")
+
+
+def out_of_memory(error: torch.OutOfMemoryError, track: Track, runtime: Runtime) -> SpeedrunError:
+    """What to do about it: lower the one number that trades memory for nothing but a little time."""
+    longest = max(stage.tokens for stage in (*track.schedule.stages, track.schedule.extension))
+    chunk = runtime.loss_chunk(longest // track.data.rows_per_step, track.model.padded_vocab)
+    return SpeedrunError(
+        f"the GPU of process {runtime.rank} ran out of memory: {str(error).split('. ')[0]}. --loss-chunk (now {chunk}; "
+        f"try {max(chunk // 4, 16)}) leaves more room with the same loss."
+    )
 
 
 def check(track: Track, data_dir: Path, runtime: Runtime, stop: int) -> None:
@@ -2154,7 +2171,11 @@ def main() -> None:
     code = 0
     try:
         track, options = parse_command(sys.argv[1:], quiet=rank != 0)
-        train(track, options, Runtime.create(options))
+        runtime = Runtime.create(options)
+        try:
+            train(track, options, runtime)
+        except torch.OutOfMemoryError as error:
+            raise out_of_memory(error, track, runtime) from error
         if dist.is_initialized():
             dist.destroy_process_group()
     except SystemExit as end:  # of --help or a wrong option

@@ -476,6 +476,24 @@ def test_the_launcher_learns_the_log_and_the_error(command, tiny_data, tmp_path,
 # As processes
 # ----------------------------------------------------------------------------------------------------------------------
 
+
+def test_out_of_memory_names_the_option_that_helps(tiny_data, tmp_path, alone, capsys, monkeypatch):
+    """Catches: a page of traceback, and a message that leaves the user with nothing to try."""
+
+    def train_step(self, step):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 4.61 GiB. GPU 0 has a total capacity of 24")
+
+    monkeypatch.setattr(Trainer, "train_step", train_step)
+    folders = ["--data-dir", str(tiny_data), "--log-dir", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["train_gpt.py", "nano", *tiny_options(), *folders, "--loss-chunk", "4096"])
+    with pytest.raises(SystemExit) as end:
+        train_gpt.main()
+    message = capsys.readouterr().err
+    assert end.value.code == 1
+    assert message.startswith("error: the GPU of process 0 ran out of memory: CUDA out of memory. --loss-chunk (now ")
+    assert "Traceback" not in message
+
+
 IMPORT = """
 import os, sys, time
 import torch, tyro, tqdm, numpy  # what these do on import is not ours
