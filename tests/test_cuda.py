@@ -144,7 +144,7 @@ def test_100_steps_end_at_the_same_loss_with_fp8_bf16_and_plain_twins(tmp_path):
     """On rehearsal shards, 100 steps of `small`: validation losses within 0.02 of each other."""
     shards = tmp_path / "rehearsal"
     made = run_process(
-        ["python", REPO / "data/rehearsal.py", "--out", shards, "--tokens", "40M", "--val-tokens", "300k"]
+        [sys.executable, REPO / "data/rehearsal.py", "--out", shards, "--tokens", "40M", "--val-tokens", "300k"]
     )
     assert made.returncode == 0, made.stderr
     schedule = replace(SMALL.schedule, scheduled_steps=96, extension_steps=4)

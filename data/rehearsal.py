@@ -1,0 +1,579 @@
+"""Writes made-up shards for a rehearsal of the `small` track without FineWeb, and how low a loss on them can get.
+
+    python data/rehearsal.py [--out DIR] [--tokens 700M] [--seed S]     # default: data/rehearsal/ beside this script
+    python train_gpt.py small --data-dir data/rehearsal
+
+The tokens are random, drawn from a source whose probabilities are all known, so that a loss can be read against the
+floor that no model can pass. GPT-2's vocabulary; a document is BOS and 1 to `max_length` tokens, log-normal in number:
+
+  first token   Zipf-distributed
+  chain         a token's class, its number modulo `classes`, has a list of `branches` distinct tokens, drawn by Zipf's
+                law; the next token is the j-th of them with a probability ∝ 1/j
+  copy          where the last `copy_distance` tokens hold neither BOS nor marker, the next token is, once in
+                `marker_one_in` steps, the marker; the `copy_length` tokens after a marker repeat those `copy_distance`
+                tokens before them, and from the last one the chain goes on
+
+With the defaults the floor is 2.87 nats/token. Who knows the lists, but no more of the past than one token, gets to
+3.40: copies have to be attended to before `small`'s target of 3.28 is reached.
+
+Beside the shards, `rehearsal.json` has the settings, the entropy rate and the floor of the validation stream, and
+`rehearsal_source.npz` every probability as an integer. The same settings give the same bytes on every machine and for
+any number of workers. A call that was killed goes on with the first shard it did not finish; a folder with other
+settings, or with shards of other origin, is refused and left as it is.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import multiprocessing
+import os
+import platform
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
+from dataclasses import asdict, dataclass, field, fields
+from fractions import Fraction
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from shards import (
+    GPT2_VOCAB_SIZE,
+    HEADER_BYTES,
+    SHARD_TOKENS,
+    ShardError,
+    exclusive,
+    new_file,
+    read_shard_header,
+    require_space,
+    shard_header,
+)
+
+FORMAT = 1  # of the sequence of tokens: another number for a change by which the same settings give other shards
+SIDECAR, SOURCE = "rehearsal.json", "rehearsal_source.npz"
+VAL_PREDICTIONS = 10_485_760  # of `small`'s validation: tokens 1 to 10,485,760 of the stream, each given those before
+
+BLOCK_TOKENS = 1 << 23  # what a worker makes at a time: 16 MB of tokens
+LANE_TOKENS = 1 << 13  # a block is made in about 1,024 lanes side by side, long enough for whole documents
+DRAW_BITS, LIST_BITS = 32, 16  # probabilities are integers / 2^32 for what is drawn once a document, else / 2^16
+SCORE_TOKENS = 1 << 18  # scored at a time
+CHAIN, COPY = 2**16 - 1, 2**16 - 2  # in the plan of a block, where no token can be said yet
+
+DEFINITIONS = {
+    "entropy_rate": "expected -log p(token | tokens before it in its document), nats/token, all predictions of an "
+    "endless stream: first tokens, the chain, markers, copies, and the BOS after each document's end",
+    "floor": "mean -log p of the first `predictions` predictions of the validation shard, which is the loss of a "
+    "perfect model on them. A BOS is predicted like any other token, by the chance that the document before ends "
+    "there; the past is the whole document, even where a model is shown only part of it",
+    "unigram": "entropy of the frequencies of the tokens predicted there: what a model gets without any past",
+}
+
+
+def count(text: str) -> int:
+    """A number of tokens: 1000000, 1_000_000, 1M, 0.5G."""
+    scale = {"k": 10**3, "m": 10**6, "g": 10**9}.get(text[-1:].lower())
+    value = Fraction(text[:-1]) * scale if scale else Fraction(text)
+    if value.denominator != 1:
+        raise ValueError
+    return int(value)
+
+
+def option(default: int | float, help: str, parse=int) -> int | float:
+    return field(default=default, metadata={"help": help, "parse": parse})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that the tokens depend on; every field is an option of the command line."""
+
+    seed: int = option(0, "of everything random")
+    tokens: int = option(700_000_000, "train tokens; a run of `small` takes 565M of the default ones", count)
+    shard_tokens: int = option(SHARD_TOKENS, "tokens of a train shard", count)
+    val_tokens: int = option(VAL_PREDICTIONS + 1, "tokens of the validation shard", count)
+    vocab_size: int = option(GPT2_VOCAB_SIZE, "number of tokens; the last is BOS, the one before it the marker")
+    median_length: float = option(400.0, "median of the tokens after a BOS", float)
+    sigma: float = option(1.1, "standard deviation of the logarithm of their number", float)
+    max_length: int = option(16_384, "most tokens after a BOS", count)
+    classes: int = option(2048, "number of lists")
+    branches: int = option(64, "tokens of a list")
+    copy_distance: int = option(256, "tokens between a token and its copy")
+    copy_length: int = option(64, "tokens copied after a marker")
+    marker_one_in: int = option(64, "steps to a marker, on average, where one may stand; a power of two")
+
+    @property
+    def bos(self) -> int:
+        return self.vocab_size - 1
+
+    @property
+    def marker(self) -> int:
+        return self.vocab_size - 2
+
+    @property
+    def shards(self) -> dict[str, int]:
+        """Token count of each shard by its name. The n-th of them is shard n of the random stream."""
+        sizes = {"rehearsal_val_000000.bin": self.val_tokens}
+        for i, begin in enumerate(range(0, self.tokens, self.shard_tokens), start=1):
+            sizes[f"rehearsal_train_{i:06d}.bin"] = min(self.shard_tokens, self.tokens - begin)
+        return sizes
+
+    def check(self) -> None:
+        """Raises ShardError for a setting out of its range."""
+        for name, least, most in (
+            ("seed", 0, 2**64 - 1),
+            ("shard_tokens", 2, 2**31 - 1),  # the count in a shard's header is an int32
+            ("tokens", 2, 999_999 * self.shard_tokens),  # six digits in the names
+            ("val_tokens", 2, 2**31 - 1),
+            ("vocab_size", 4, COPY),
+            ("median_length", 0.5, 1e6),
+            ("sigma", 0.01, 10),
+            ("max_length", 1, 10**6),
+            ("classes", 1, self.marker),
+            ("branches", 1, min(self.marker // 2, 4096)),  # above half of all tokens drawing a list takes long
+            ("copy_distance", 2, 4096),
+            ("copy_length", 1, self.copy_distance - 1),  # a copy comes from before the marker
+            ("marker_one_in", 2, 2**LIST_BITS),
+        ):
+            value = getattr(self, name)
+            if not least <= value <= most:
+                raise ShardError(
+                    f"--{name.replace('_', '-')}: found {value:,}, expected between {least:,} and {most:,}"
+                )
+        if self.marker_one_in & (self.marker_one_in - 1):
+            raise ShardError(f"--marker-one-in: found {self.marker_one_in}, expected a power of two")
+
+
+def counts(cumulative: Iterable[float], bits: int) -> np.ndarray:
+    """Probabilities as integers (n,) int64 that add up to 2^bits, from any cumulative weights (n,)."""
+    cumulative = np.asarray(cumulative, dtype=np.float64)
+    return np.diff(np.rint(cumulative / cumulative[-1] * 2**bits).astype(np.int64), prepend=0)
+
+
+def zipf(n: int, bits: int) -> np.ndarray:
+    """Counts (n,) ∝ 1/1, 1/2, ... 1/n that add up to 2^bits."""
+    return counts(np.cumsum(1 / np.arange(1, n + 1)), bits)
+
+
+def surprise(numerator: np.ndarray, denominator: np.ndarray | int) -> np.ndarray:
+    """-log(numerator / denominator), in nats; infinite for the impossible."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return -np.log(np.asarray(numerator) / denominator)
+
+
+def entropy(counts: np.ndarray) -> float:
+    """Entropy in nats of the distribution of these counts."""
+    positive = counts[counts > 0]
+    return float(positive @ surprise(positive, counts.sum()) / counts.sum())
+
+
+class Random:
+    """Integers straight from the bit generator, whose stream numpy keeps from version to version."""
+
+    def __init__(self, seed: int, *place: int):
+        self.generator = np.random.PCG64(np.random.SeedSequence(seed, spawn_key=place))
+
+    def words(self, n: int) -> np.ndarray:
+        """(n,) uniform below 2^16, uint16."""
+        return self.generator.random_raw(-(-n // 4)).astype("<u8", copy=False).view("<u2")[:n]
+
+    def draw(self, cumulative: np.ndarray, n: int) -> np.ndarray:
+        """(n,) indices of a distribution whose counts, of 2^32, have these cumulative sums."""
+        uniform = (self.generator.random_raw(n) >> (64 - DRAW_BITS)).astype(np.int64)
+        return np.searchsorted(cumulative, uniform, side="right")
+
+
+class Source:
+    """The source itself: its probabilities, samples of it, and what they say of any tokens."""
+
+    def __init__(self, settings: Settings):
+        self.settings = s = settings
+        within = lambda n: 0.5 * math.erfc(math.log(s.median_length / (n + 0.5)) / (s.sigma * math.sqrt(2)))
+        self.length_counts = counts([0, *map(within, range(1, s.max_length)), 1.0], DRAW_BITS)  # of 0, 1, 2, ... tokens
+        self.first_counts = zipf(s.marker, DRAW_BITS)
+        self.branch_counts = zipf(s.branches, LIST_BITS)
+        self.marker_count = 2**LIST_BITS // s.marker_one_in
+        self.length_cumulative, self.first_cumulative = np.cumsum(self.length_counts), np.cumsum(self.first_counts)
+        rng = Random(s.seed)
+        self.lists = np.array([self._list(rng) for _ in range(s.classes)], dtype="<u2")  # (classes, branches)
+
+    def _list(self, rng: Random) -> list[int]:
+        """The first distinct tokens of a row of Zipf-distributed ones."""
+        seen: dict[int, None] = {}
+        while len(seen) < self.settings.branches:
+            seen |= dict.fromkeys(rng.draw(self.first_cumulative, 4 * self.settings.branches).tolist())
+        return list(seen)[: self.settings.branches]
+
+    # Slots number the ways in which a token comes to stand where it stands: (class, branch) row by row, and then, for
+    # those that no chain step chose, the token. From a slot follow its token and the first slot of that token's list.
+
+    @cached_property
+    def token_of_slot(self) -> np.ndarray:
+        return np.concatenate((self.lists.ravel(), np.arange(self.settings.vocab_size, dtype="<u2")))
+
+    @cached_property
+    def list_of_slot(self) -> np.ndarray:
+        return self.token_of_slot.astype(np.intp) % self.settings.classes * self.settings.branches
+
+    @cached_property
+    def branch_of_word(self) -> np.ndarray:
+        """(2^16,) the branch that a uniform 16-bit number chooses."""
+        smallest = np.min_scalar_type(self.settings.branches)  # so that it stays in the cache
+        return np.repeat(np.arange(self.settings.branches, dtype=smallest), self.branch_counts)
+
+    def block(self, shard: int, block: int, num_tokens: int) -> np.ndarray:
+        """Whole documents, uint16, of `num_tokens` tokens or a few more; a function of settings and arguments only."""
+        s, rng = self.settings, Random(self.settings.seed, shard, block)
+        lengths = self._lengths(rng, num_tokens)
+        starts = np.cumsum(lengths) - lengths
+        total = int(lengths.sum())
+
+        # Lanes are runs of whole documents, made side by side. Each is laid over rows of a grid, from a new row on. A
+        # row is as long as the way from a token to its copy: what a row copies is in the row before.
+        width = s.copy_distance
+        first = np.unique(np.searchsorted(starts, np.arange(0, starts[-1] + 1, LANE_TOKENS)))  # documents
+        lane_starts, lane_lengths = starts[first], np.diff(starts[first], append=total)
+        rows = -(-lane_lengths // width)
+        first_row = np.cumsum(rows) - rows
+        grid = np.full((int(rows.sum()), width), CHAIN, dtype="<u2")
+        starts += np.repeat(first_row * width - lane_starts, np.diff(first, append=len(starts)))
+
+        # What can be said before any token is known.
+        plan = grid.ravel()
+        plan[starts] = s.bos
+        plan[starts + 1] = rng.draw(self.first_cumulative, len(starts))
+        for marker, end in self._markers(rng, starts, starts + lengths, plan.size):
+            plan[marker] = s.marker
+            copies = marker[:, None] + np.arange(1, s.copy_length + 1)
+            plan[copies[copies < end[:, None]]] = COPY
+
+        # A step makes one token of every lane: each goes on from the list that the token before it has.
+        order = np.argsort(-rows, kind="stable")
+        slots = np.zeros((width, len(order)), dtype=np.intp)
+        for i in range(int(rows.max())):
+            lanes = order[: np.count_nonzero(rows > i)]
+            planned = np.ascontiguousarray(grid[first_row[lanes] + i].T)  # (width, lanes)
+            chosen = self.branch_of_word.take(rng.words(planned.size)).reshape(planned.shape).astype(np.intp)
+            fixed = np.flatnonzero(planned < COPY)
+            chosen.ravel()[fixed] = self.lists.size + planned.ravel()[fixed].astype(np.intp)
+            np.copyto(chosen, slots[:, : len(lanes)], where=planned == COPY)
+            keep = -(planned == CHAIN).astype(np.intp)
+            before, slots, state = slots[-1, : len(lanes)], chosen, np.empty(len(lanes), dtype=np.intp)
+            for slot, kept in zip(slots, keep, strict=True):
+                self.list_of_slot.take(before, out=state, mode="clip")  # the default mode would buffer `out`
+                state &= kept
+                slot += state
+                before = slot
+            grid[first_row[lanes] + i] = self.token_of_slot.take(slots).T
+        pieces = zip(first_row * width, lane_lengths, strict=True)
+        return np.concatenate([plan[begin : begin + length] for begin, length in pieces])
+
+    def _lengths(self, rng: Random, num_tokens: int) -> np.ndarray:
+        """Tokens, with BOS, of as many documents as fill `num_tokens`."""
+        lengths = np.zeros(0, dtype=np.int64)
+        while lengths.sum() < num_tokens:
+            lengths = np.append(lengths, 1 + rng.draw(self.length_cumulative, max(4096, len(lengths))))
+        return lengths[: np.searchsorted(np.cumsum(lengths), num_tokens) + 1]
+
+    def _markers(
+        self, rng: Random, starts: np.ndarray, ends: np.ndarray, size: int
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yields positions of the first, second, ... markers of all documents, and the ends of these documents."""
+        candidates = np.append(np.flatnonzero(rng.words(size) < self.marker_count), size)
+        last = starts
+        while len(last):
+            reach = np.searchsorted(candidates, np.minimum(last + self.settings.copy_distance, size))
+            inside = candidates[reach] < ends
+            last, ends = candidates[reach][inside], ends[inside]
+            yield last, ends
+
+    @cached_property
+    def alive(self) -> np.ndarray:
+        """(max_length + 1,) of 2^32 documents, how many have at least 0, 1, 2, ... tokens after BOS."""
+        return np.cumsum(self.length_counts[::-1])[::-1]
+
+    def entropy_rate(self) -> float:
+        """See DEFINITIONS. Exact: a document's length, and where its markers are, depend on no token."""
+        s = self.settings
+        chain, p = entropy(self.branch_counts), 1 / s.marker_one_in
+        marker = -p * math.log(p) - (1 - p) * math.log(1 - p)
+        ends = self.length_counts / np.maximum(self.alive, 1)  # chance that after token t the document ends
+
+        # Of documents that reach token t: chance that it is a marker (or BOS), and that a marker may follow it.
+        is_marker, may_mark = np.zeros(s.max_length + 2), 0.0
+        is_marker[0] = 1
+        copying = 0.0
+        expected = np.zeros(s.max_length + 1)  # entropy of the token after token t, if there is one
+        expected[0] = entropy(self.first_counts)
+        for t in range(1, s.max_length + 1):
+            may_mark *= 1 - p
+            if t >= s.copy_distance - 1:
+                may_mark += is_marker[t - s.copy_distance + 1]
+            copying += is_marker[t]
+            if t - s.copy_length >= 1:
+                copying -= is_marker[t - s.copy_length]
+            is_marker[t + 1] = p * may_mark
+            expected[t] = (1 - copying) * chain + may_mark * (marker - p * chain)
+        in_document = self.alive @ ((1 - ends) * expected)
+        return float(in_document / self.alive.sum() + entropy(self.length_counts) / (self.alive.sum() / 2**DRAW_BITS))
+
+    def surprises(self, tokens: np.ndarray) -> np.ndarray:
+        """-log p of each token but the first, given those before it in its document, in nats.
+
+        tokens (n + 1,) begin with a BOS; result (n,) float64, infinite for a token that the source never gives.
+        """
+        s, at = self.settings, np.arange(len(tokens) - 1)
+        here, following = tokens[:-1].astype(np.int64), tokens[1:].astype(np.int64)
+        starts = np.maximum.accumulate(np.where(here == s.bos, at, 0))
+        last = np.maximum.accumulate(np.where(here >= s.marker, at, 0))  # BOS or marker
+        copying = (here[last] == s.marker) & (at - last < s.copy_length)
+        may_mark = ~copying & (at - last >= s.copy_distance - 1)
+
+        position = np.minimum(at - starts, s.max_length)
+        ended = following == s.bos
+        going_on, alive = self.alive - self.length_counts, np.maximum(self.alive, 1)
+        result = np.where(ended, surprise(self.length_counts, alive)[position], surprise(going_on, alive)[position])
+        first = (here == s.bos) & ~ended
+        result[first] += np.append(surprise(self.first_counts, 2**DRAW_BITS), [np.inf, np.inf])[following[first]]
+
+        copied = np.flatnonzero(copying & ~ended)
+        result[copied[following[copied] != tokens[copied + 1 - s.copy_distance]]] = np.inf
+
+        chain = np.flatnonzero(~copying & ~ended & (here != s.bos))
+        p = np.where(may_mark[chain], 1 / s.marker_one_in, 0)
+        marked = following[chain] == s.marker
+        branch = self._branches(here[chain], following[chain])
+        result[chain] += np.where(marked, surprise(p, 1), surprise(1 - p, 1) + branch)
+        return result
+
+    def _branches(self, here: np.ndarray, following: np.ndarray) -> np.ndarray:
+        """-log p of chain steps; infinite where the list of `here` lacks `following`."""
+        keys, costs = self._sorted_steps
+        wanted = here % self.settings.classes * 2**16 + following
+        found = np.minimum(np.searchsorted(keys, wanted), keys.size - 1)
+        return np.where(keys[found] == wanted, costs[found], np.inf)
+
+    @cached_property
+    def _sorted_steps(self) -> tuple[np.ndarray, np.ndarray]:
+        """All chain steps as 2^16 * class + next token, in order, and -log p of each."""
+        keys = (np.arange(self.settings.classes)[:, None] * 2**16 + self.lists).ravel()
+        order = np.argsort(keys)
+        return keys[order], surprise(self.branch_counts, 2**LIST_BITS)[order % self.settings.branches]
+
+    def score(self, tokens: np.ndarray, predictions: int) -> dict[str, float]:
+        """Floor and unigram entropy, as the sidecar has them, of the predictions in (predictions + 1,) tokens."""
+        starts = np.append(np.flatnonzero(tokens[:-1] == self.settings.bos), predictions)
+        # Cut where documents begin: no prediction needs more of the past.
+        cuts = np.unique(starts[np.searchsorted(starts, np.arange(0, predictions, SCORE_TOKENS))])
+        pieces = zip(cuts, [*cuts[1:], predictions], strict=True)
+        floor = math.fsum(float(self.surprises(tokens[a : b + 1]).sum()) for a, b in pieces if a < b) / predictions
+        if not math.isfinite(floor):
+            raise RuntimeError("the shard holds a token that its source never gives")
+        return {"floor": floor, "predictions": predictions, "unigram": entropy(np.bincount(tokens[1:]))}
+
+    def save(self, path: Path) -> None:
+        """All probabilities, as integers of which those of a distribution add up to a power of two."""
+        with new_file(path) as file:
+            np.savez(
+                file,
+                length_counts=self.length_counts,
+                first_counts=self.first_counts,
+                branch_counts=self.branch_counts,
+                lists=self.lists,
+            )
+
+
+source: Source  # of a worker process
+
+
+def start_worker(settings: Settings) -> None:
+    """Sets a worker up. Ctrl-C is the main process's to handle; its death, however it comes, ends the worker."""
+    global source
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+    source = Source(settings)
+
+
+def make_block(*task: int) -> np.ndarray:
+    return source.block(*task)
+
+
+def make_blocks(settings: Settings, tasks: Iterable[tuple[int, int, int]], workers: int) -> Iterator[np.ndarray]:
+    """Yields the block of each task in order. At most two per worker are made ahead, to bound the memory."""
+    if workers == 1:
+        here = Source(settings)
+        yield from (here.block(*task) for task in tasks)
+        return
+    # Spawned everywhere: a fork would copy the threads' locks of this process, but not the threads.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, context, start_worker, (settings,))
+    pending: deque = deque()
+    try:
+        interrupted = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which workers inherit while they start
+        pool.submit(int)  # starts all of them
+        signal.signal(signal.SIGINT, interrupted)
+        for task in tasks:
+            pending.append(pool.submit(make_block, *task))
+            if len(pending) == 2 * workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    except BrokenProcessPool as error:
+        raise ShardError(
+            "a worker process was killed, as a system does that is short of memory. Finished shards are kept: run the "
+            "same command again with fewer --workers"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def read_sidecar(out: Path, settings: Settings) -> dict | None:
+    """The sidecar of a folder, None where there is none yet.
+
+    Raises ShardError where the folder holds other settings, or shards that are not of these.
+    """
+    advice = "Name another folder with --out, or remove this one"
+    found = {path.name for pattern in ("*_train_*.bin", "*_val_*.bin") for path in out.glob(pattern)}
+    try:
+        sidecar = json.loads((out / SIDECAR).read_text())
+        had = {"format": sidecar["format"], **sidecar["settings"]}
+        listed = dict(sidecar["shards"])
+    except FileNotFoundError:
+        if found:
+            raise ShardError(f"{out} holds {min(found)}, but no {SIDECAR} says what it is. {advice}") from None
+        return None
+    except (ValueError, TypeError, KeyError) as error:
+        raise ShardError(f"{out / SIDECAR} is not a sidecar of this script ({error!r}). {advice}") from error
+    wanted = {"format": FORMAT, **asdict(settings)}
+    differences = [f"{k} {had.get(k)} (now {wanted.get(k)})" for k in had | wanted if had.get(k) != wanted.get(k)]
+    if differences:
+        raise ShardError(f"{out} holds shards of other settings: {', '.join(differences)}. {advice}")
+    if foreign := found - set(settings.shards):
+        raise ShardError(f"{out} also holds {min(foreign)}, which a run would read as well. {advice}")
+    sidecar["shards"] = {k: v for k, v in listed.items() if k in found and is_whole(out / k, settings.shards[k])}
+    return sidecar
+
+
+def is_whole(path: Path, num_tokens: int) -> bool:
+    """Whether the shard is as long as it should be. A shard gets its name only once it is complete and on disk."""
+    try:
+        return read_shard_header(path) == num_tokens
+    except ShardError:
+        return False
+
+
+def is_complete(out: Path, settings: Settings, sidecar: dict | None) -> bool:
+    if sidecar is None or "floor" not in sidecar or not (out / SOURCE).exists():
+        return False
+    return set(sidecar["shards"]) == set(settings.shards)
+
+
+def write_sidecar(out: Path, sidecar: dict) -> None:
+    with new_file(out / SIDECAR) as file:
+        file.write((json.dumps(sidecar, indent=2) + "\n").encode())
+
+
+def build(out: Path, settings: Settings, sidecar: dict | None, workers: int) -> dict:
+    """Writes what the folder lacks; returns the sidecar. The folder must be held with `exclusive`."""
+    from tqdm import tqdm  # here: its import would slow down every start that has its data
+
+    sizes = settings.shards
+    missing = [name for name in sizes if sidecar is None or name not in sidecar["shards"]]
+    require_space(out, sum(HEADER_BYTES + 2 * sizes[name] for name in missing) + 4 * 2**20)
+    here = Source(settings)
+    sidecar = sidecar or {
+        "format": FORMAT,
+        "settings": asdict(settings),
+        "versions": {"python": platform.python_version(), "numpy": np.__version__},
+        "bos": settings.bos,
+        "marker": settings.marker,
+        "definitions": DEFINITIONS,
+        "entropy_rate": here.entropy_rate(),
+        "shards": {},
+    }
+    write_sidecar(out, sidecar)  # first, so that no shard is ever of unknown settings
+    here.save(out / SOURCE)
+
+    numbers = {name: number for number, name in enumerate(sizes)}
+    tasks = [
+        (numbers[name], block, min(BLOCK_TOKENS, sizes[name] - begin))
+        for name in missing
+        for block, begin in enumerate(range(0, sizes[name], BLOCK_TOKENS))
+    ]
+    with (
+        closing(make_blocks(settings, tasks, min(workers, len(tasks)))) as blocks,
+        tqdm(total=sum(sizes[name] for name in missing), unit="tok", unit_scale=True, disable=None) as bar,
+    ):
+        for name in missing:
+            sha256, written, documents = hashlib.sha256(header := shard_header(sizes[name])), 0, 0
+            with new_file(out / name) as file:
+                file.write(header)
+                for _ in range(0, sizes[name], BLOCK_TOKENS):  # blocks are a little longer: the last document is cut
+                    tokens = next(blocks)[: sizes[name] - written]
+                    file.write(tokens.data)
+                    sha256.update(tokens.data)
+                    written += len(tokens)
+                    documents += int(np.count_nonzero(tokens == settings.bos))
+                    bar.update(len(tokens))
+            sidecar["shards"][name] = {"sha256": sha256.hexdigest(), "tokens": written, "documents": documents}
+            write_sidecar(out, sidecar)
+    if "floor" not in sidecar:
+        predictions = min(VAL_PREDICTIONS, settings.val_tokens - 1)
+        val = np.fromfile(out / next(iter(sizes)), "<u2", count=predictions + 1, offset=HEADER_BYTES)
+        sidecar |= here.score(val, predictions)
+        write_sidecar(out, sidecar)
+    return sidecar
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description="Writes made-up shards of known entropy for a rehearsal of the small track."
+    )
+    default = Path(__file__).resolve().parent / "rehearsal"
+    parser.add_argument("--out", type=Path, default=default, metavar="DIR", help="folder of the shards (%(default)s)")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    # With more than four the one process that writes and hashes what they make does not keep up.
+    parser.add_argument("--workers", type=int, default=min(cores, 4), metavar="N", help="processes (%(default)s)")
+    for f in fields(Settings):
+        flag, help = "--" + f.name.replace("_", "-"), f"{f.metadata['help']} (%(default)s)"
+        parser.add_argument(flag, type=f.metadata["parse"], default=f.default, metavar="N", help=help)
+    options = vars(parser.parse_args())
+    out, workers = options.pop("out"), options.pop("workers")
+    settings = Settings(**options)
+    start = time.perf_counter()
+    try:
+        settings.check()
+        if workers < 1:
+            raise ShardError(f"--workers: found {workers}, expected at least 1")
+        sidecar, verb = read_sidecar(out, settings), "found"
+        if not is_complete(out, settings, sidecar):
+            with exclusive(out):
+                sidecar = read_sidecar(out, settings)  # another process may have written them meanwhile
+                if not is_complete(out, settings, sidecar):
+                    sidecar, verb = build(out, settings, sidecar, workers), "wrote"
+    except (ShardError, OSError) as error:
+        sys.exit(f"data/rehearsal.py: error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("data/rehearsal.py: interrupted. Finished shards are kept: the same command goes on from there")
+    print(
+        f"rehearsal data: {verb} {settings.tokens:,} train and {settings.val_tokens:,} val tokens in {out} "
+        f"({time.perf_counter() - start:.1f} s)\n"
+        f"nats/token: {sidecar['floor']:.4f} is the floor of the first {sidecar['predictions']:,} validation "
+        f"predictions (entropy rate {sidecar['entropy_rate']:.4f}, unigram entropy {sidecar['unigram']:.4f})"
+    )
+
+
+if __name__ == "__main__":
+    main()
