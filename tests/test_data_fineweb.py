@@ -1,0 +1,861 @@
+"""data/fineweb.py as a user starts it, against a writer of the same format that works in memory."""
+
+import argparse
+import contextlib
+import gzip
+import json
+import multiprocessing
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import tiktoken
+import tokenizers
+from conftest import cpu, tiny_track
+from tiktoken_ext.openai_public import r50k_pat_str
+
+import train_gpt
+from data import fineweb
+from data.fineweb import ShardError
+
+SCRIPT = Path(fineweb.__file__).resolve()
+ENCODING = "tiny_of_tests"
+UNICODE = [
+    "naïve Ω 语言模型 हिन्दी 🙂👩‍👩‍👧 e\u0301 \u2028 \x00 \x7f",
+    "a text with <|endoftext|> in it",
+    "   ",
+    "\n\n\t x  y   \r\n",
+    "#" * 5000,
+    "x",
+]
+
+
+# A byte-level BPE of any size as a Hugging Face file, and the same tokens as an encoding that tiktoken finds by name.
+# The benchmark uses these two as well.
+
+
+def train_bpe(texts: list[str], vocab_size: int) -> tokenizers.Tokenizer:
+    """A byte-level BPE of `vocab_size` tokens, and <|endoftext|> after them, as in GPT-2."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    return tokenizer
+
+
+def mergeable_ranks(file: Path) -> dict[bytes, int]:
+    """The vocabulary of such a file the way tiktoken has it."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that stand for themselves in the file
+    shifted = [byte for byte in range(256) if byte not in printable]
+    byte_of = {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(shifted)}
+    vocab = json.loads(file.read_text("utf-8"))["model"]["vocab"]
+    return {bytes(byte_of[char] for char in token): rank for token, rank in vocab.items()}
+
+
+def install_encoding(ranks: dict[bytes, int], folder: Path) -> str:
+    """Makes a plugin of tiktoken in `folder`, which belongs on PYTHONPATH; returns the name of its encoding."""
+    (folder / "tiktoken_ext").mkdir()
+    (folder / "tiktoken_ext" / f"{ENCODING}.py").write_text(f"""
+from tiktoken_ext.openai_public import r50k_pat_str
+
+RANKS = {ranks!r}
+SPECIAL = {{"<|endoftext|>": {len(ranks)}}}
+
+def construct():
+    return {{"name": "{ENCODING}", "pat_str": r50k_pat_str, "mergeable_ranks": RANKS, "special_tokens": SPECIAL}}
+
+ENCODING_CONSTRUCTORS = {{"{ENCODING}": construct}}
+""")
+    return ENCODING
+
+
+class Vocabulary:
+    """A tokenizer of a thousand merges: as a file, as a plugin in `folder`, and as an object."""
+
+    def __init__(self, folder: Path, texts: list[str]):
+        self.folder, self.file, self.bos = folder, folder / "tiny.json", 1256
+        train_bpe(texts, self.bos).save(str(self.file))
+        ranks = mergeable_ranks(self.file)
+        install_encoding(ranks, folder)
+        self.encoding = tiktoken.Encoding(
+            "truth", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": self.bos}
+        )
+
+
+@pytest.fixture(scope="session")
+def sources() -> list[str]:
+    """Some megabytes of text: Python sources of torch, and what else a tokenizer may trip over."""
+    folder = Path(train_gpt.torch.__file__).parent
+    texts = [path.read_text("utf-8") for path in sorted((folder / "_inductor").rglob("*.py"))[::2]]
+    rng = random.Random(0)
+    pieces = [text[i : i + rng.randrange(1, 6000)] for text in texts for i in range(0, len(text), 3000)]
+    texts = [*UNICODE, *pieces, "", *UNICODE]
+    assert 2e6 < sum(map(len, texts)) < 12e6, "several batches, but seconds"
+    return texts
+
+
+@pytest.fixture(scope="session")
+def vocabulary(tmp_path_factory, sources) -> Vocabulary:
+    return Vocabulary(tmp_path_factory.mktemp("vocabulary"), sources[:400])
+
+
+def expected(
+    texts: list[str], shard_tokens: int, encode: Callable = str.encode, bos: int = 256, limit: int | None = None
+) -> dict[str, bytes]:
+    """All shards, SPEC section 2 to the letter."""
+    tokens = [token for text in texts if text for token in (bos, *encode(text))][:limit]
+    files = {}
+    for i in range(0, len(tokens), shard_tokens):
+        part = tokens[i : i + shard_tokens]
+        name = f"fineweb_{'train' if i else 'val'}_{i // shard_tokens:06d}.bin"
+        header = struct.pack("<256i", 20240520, 1, len(part), *[0] * 253)
+        files[name] = header + struct.pack(f"<{len(part)}H", *part)
+    return files
+
+
+@pytest.fixture(scope="session")
+def truth(sources, vocabulary) -> dict[str, bytes]:
+    return expected(sources, 75_000, vocabulary.encoding.encode_ordinary, vocabulary.bos)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory, sources) -> Path:
+    """The sources in two jsonl files, one of them compressed."""
+    folder = tmp_path_factory.mktemp("corpus")
+    half = len(sources) // 3
+    write_documents(folder / "a.jsonl", sources[:half])
+    write_documents(folder / "b.jsonl.gz", sources[half:])
+    return folder
+
+
+def write_documents(path: Path, texts: list[str]) -> None:
+    """One file of these documents, in the format that its name says; a *.txt takes one."""
+    if path.suffix == ".parquet":
+        table = pyarrow.table({"id": list(range(len(texts))), "text": texts})
+        pyarrow.parquet.write_table(table, path, row_group_size=50)
+    elif path.suffix == ".txt":
+        path.write_bytes(texts[0].encode())
+    else:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "wb") as file:
+            for i, text in enumerate(texts):
+                file.write(json.dumps({"id": i, "text": text}, ensure_ascii=i % 2 == 0).encode() + b"\n")
+
+
+def command(out: Path, *options) -> list[str]:
+    return [sys.executable, str(SCRIPT), "--out", str(out), "--workers", "1", *map(str, options)]
+
+
+def environment(**more: str) -> dict[str, str]:
+    return {**os.environ, **more}
+
+
+def run(out: Path, *options, code: int = 0, env: dict | None = None, **more) -> str:
+    """Output of the script, which must end with this exit code and without a traceback."""
+    result = subprocess.run(
+        command(out, *options), env=env or environment(), capture_output=True, text=True, timeout=300, **more
+    )
+    assert result.returncode == code, result.stdout + result.stderr
+    assert "Traceback" not in result.stderr, result.stderr
+    return result.stdout + result.stderr
+
+
+def shards(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in out.glob("*.bin")}
+
+
+def assert_same(found: dict[str, bytes], wanted: dict[str, bytes]) -> None:
+    """Without pytest's attempt to print megabytes."""
+    assert sorted(found) == sorted(wanted)
+    assert [name for name in wanted if found[name] != wanted[name]] == []
+
+
+# What is written
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_shards_are_those_of_a_naive_writer(tmp_path, corpus, truth, vocabulary, sources, workers):
+    """Catches a wrong order of batches, split, BOS, header, special tokens in text, and files read in a wrong order."""
+    env = environment(PYTHONPATH=str(vocabulary.folder))
+    options = ["--input", corpus / "*.gz", corpus / "*.jsonl", corpus / "a*", "--tokenizer", ENCODING]
+    output = run(tmp_path / "out", *options, "--shard-tokens", "75K", "--workers", workers, env=env)
+    assert_same(shards(tmp_path / "out"), truth)
+    num_tokens = sum((len(content) - 1024) // 2 for content in truth.values())
+    num_documents = sum(1 for text in sources if text)
+    assert f"wrote {num_documents:,} documents, {num_tokens:,} tokens in {len(truth)} shards" in output
+    assert len(truth) > 8
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted([".lock", "fineweb.json", *truth])
+
+
+def test_formats_mix_and_fields_have_names(tmp_path):
+    """Catches --text-field unused, null documents, blank lines and a last line without its end."""
+    (tmp_path / "a.jsonl").write_text(
+        '{"body": "one", "text": "no"}\n\n{"body": ""}\r\n{"body": null}\n{"body": "two"}'
+    )
+    table = pyarrow.table(
+        {"text": ["no", "no", "no"], "body": pyarrow.array(["three", None, "four"]).dictionary_encode()}
+    )
+    pyarrow.parquet.write_table(table, tmp_path / "b.parquet")
+    large = pyarrow.table({"body": pyarrow.array(["five"], pyarrow.large_string())})
+    pyarrow.parquet.write_table(large, tmp_path / "c.parquet")
+    (tmp_path / "d.txt").write_text("six")
+    run(tmp_path / "out", "--input", tmp_path / "*.*", "--text-field", "body", "--tokenizer", "bytes")
+    assert_same(shards(tmp_path / "out"), expected(["one", "two", "three", "four", "five", "six"], 100_000_000))
+
+
+def test_boundaries_of_documents_and_shards(tmp_path):
+    """A document that ends with a shard, one of exactly a shard, and one longer than two: none moved or doubled.
+
+    train_gpt must read them, also the shard without any BOS.
+    """
+    texts = ["v" * 99, "w" * 99, "x" * 250, "y" * 48, "z" * 10]
+    write_documents(tmp_path / "a.jsonl", texts)
+    out = tmp_path / "out"
+    run(out, "--input", tmp_path / "a.jsonl", "--tokenizer", "bytes", "--shard-tokens", "100")
+    wanted = expected(texts, 100)
+    assert_same(shards(out), wanted)
+    assert [train_gpt.read_shard_header(path) for path in sorted(out.glob("*_train_*"))] == [100, 100, 100, 100, 11]
+
+    track = tiny_track()
+    texts = [f"document {i} " * (1 + i % 7) for i in range(400)]
+    write_documents(tmp_path / "b.jsonl", [*texts, "x" * 20_000, *texts])
+    out = tmp_path / "more"
+    run(out, "--input", tmp_path / "b.jsonl", "--tokenizer", "bytes", "--shard-tokens", "6000")
+    loader = train_gpt.Loader(track, out, cpu())
+    row = loader.next(0)[0]
+    tokens = np.array(tokens_of(shards(out), "train"))
+    begin = int(np.flatnonzero(tokens == 256)[0])
+    length = min(track.schedule.stages[0].max_doc_len, int(np.flatnonzero(tokens[begin + 1 :] == 256)[0]) + 1)
+    assert row.inputs[:length].tolist() == tokens[begin : begin + length].tolist()
+    assert (
+        train_gpt.validation_tokens(track, out).tolist() == tokens_of(shards(out), "val")[: track.data.val_tokens + 1]
+    )
+    for step in range(1, track.schedule.total_steps):
+        loader.next(step)
+
+
+def tokens_of(files: dict[str, bytes], split: str) -> list[int]:
+    parts = [np.frombuffer(files[name][1024:], "<u2") for name in sorted(files) if f"_{split}_" in name]
+    return np.concatenate(parts).tolist()
+
+
+def test_half_a_surrogate_pair_becomes_the_replacement_character(tmp_path):
+    """JSON can escape what is no text; catches a crash, and a tokenizer that differs from tiktoken there."""
+    (tmp_path / "a.jsonl").write_text('{"text": "a\\ud83db \\ud83d\\ude42"}\n')
+    run(tmp_path / "out", "--input", tmp_path / "a.jsonl", "--tokenizer", "bytes")
+    assert_same(shards(tmp_path / "out"), expected(["a\ufffdb 🙂"], 1000))
+
+
+def test_a_tokenizers_file(tmp_path, vocabulary, sources):
+    """Catches truncation of the file left on, BOS inside documents, and tokens of a post-processor."""
+    texts = [*UNICODE, *sources[300:400]]
+    plain = tokenizers.Tokenizer.from_file(str(vocabulary.file))
+    spiked = tokenizers.Tokenizer.from_file(str(vocabulary.file))
+    spiked.enable_truncation(10)
+    spiked.enable_padding(length=50)
+    spiked.post_processor = tokenizers.processors.TemplateProcessing(
+        "$A <|endoftext|>", None, [("<|endoftext|>", 1256)]
+    )
+    spiked.save(str(tmp_path / "spiked.json"))
+    write_documents(tmp_path / "a.jsonl", texts)
+    options = ["--input", tmp_path / "a.jsonl", "--tokenizer", tmp_path / "spiked.json", "--shard-tokens", "50K"]
+    run(tmp_path / "out", *options)
+
+    tokens = tokens_of(shards(tmp_path / "out"), "val") + tokens_of(shards(tmp_path / "out"), "train")
+    starts = [i for i, token in enumerate(tokens) if token == vocabulary.bos]
+    documents = [tokens[a + 1 : b] for a, b in zip(starts, [*starts[1:], None], strict=True)]
+    assert [plain.decode(document) for document in documents] == texts
+    assert documents[3] == plain.encode(UNICODE[3]).ids
+
+
+# Calls after the first
+
+
+@pytest.fixture
+def refusal(monkeypatch, capsys) -> Callable[..., str]:
+    """The message with which the script refuses a command; in this process, which saves a start."""
+
+    def run_here(out: Path, *options, code: int = 1) -> str:
+        monkeypatch.setattr(sys, "argv", command(out, *options)[1:])
+        with pytest.raises(SystemExit) as exit:
+            fineweb.main()
+        if code == 2:
+            assert exit.value.code == 2
+            return capsys.readouterr().err
+        assert str(exit.value.code).startswith("data/fineweb.py: error: "), "as sys.exit prints it, with exit code 1"
+        return exit.value.code
+
+    return run_here
+
+
+def test_a_finished_folder_says_so(tmp_path):
+    """Also without the tokenizer and the library that made it, and quickly: nothing is read or written."""
+    write_documents(tmp_path / "a.jsonl", ["abc"] * 100)
+    options = ["--input", tmp_path / "a.jsonl", "--tokenizer", "bytes", "--shard-tokens", 150]
+    assert "wrote 100 documents, 400 tokens in 3 shards" in run(tmp_path / "out", *options)
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir() if path.name != ".lock"}
+    began = time.perf_counter()
+    assert "found 100 documents, 400 tokens in 3 shards" in run(tmp_path / "out", *options, "--workers", 7)
+    assert time.perf_counter() - began < 5
+    assert {
+        path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir() if path.name != ".lock"
+    } == before
+
+
+def test_changed_settings_are_refused(tmp_path, refusal):
+    """The message says what differs, and nothing in the folder changes."""
+    write_documents(tmp_path / "a.jsonl", ["abc"] * 100)
+    out, options = tmp_path / "out", ["--input", tmp_path / "a.jsonl", "--tokenizer", "bytes", "--tokens", 250]
+    run(out, *options, "--shard-tokens", 100)
+    before = shards(out)
+
+    def refused(*changed) -> str:
+        output = refusal(out, *options, "--shard-tokens", 100, *changed)
+        assert "made with other settings" in output
+        assert_same(shards(out), before)
+        return output
+
+    assert "shard tokens is 100, now 50" in refused("--shard-tokens", 50)
+    assert "tokenizer is bytes, now gpt2" in refused("--tokenizer", "gpt2")
+    assert "text field is text, now id" in refused("--text-field", "id")
+    assert "limit is 250 tokens, now 200 tokens" in refused("--tokens", 200)
+    assert "limit is 250 tokens, now 300 tokens" in refused("--tokens", 300), "the last shard was cut at 250"
+    write_documents(tmp_path / "b.jsonl", ["abc"] * 100)
+    assert "b.jsonl was not there, now 2," in refused("--input", tmp_path / "*.jsonl")
+    write_documents(tmp_path / "a.jsonl", ["abc"] * 99)
+    assert "a.jsonl was 2,590 bytes, now 2,564 bytes" in refused()
+    other = refusal(out, "--tokens", 250, "--tokenizer", "bytes", "--shard-tokens", 100)
+    assert "source is --input, now fineweb, sample 10BT" in other
+
+    (out / "fineweb.json").unlink()
+    assert "no fineweb.json that says what it was made from" in refusal(out, *options)
+    assert_same(shards(out), before)
+    (out / "fineweb.json").write_text('{"shards": 3}')
+    assert "is not a record of this script" in refusal(out, *options)
+    assert_same(shards(out), before)
+
+
+def test_more_shards_later_are_those_of_one_run(tmp_path):
+    texts = [f"document {i}" for i in range(100)]
+    write_documents(tmp_path / "a.jsonl", texts)
+    options = ["--input", tmp_path / "a.jsonl", "--tokenizer", "bytes", "--shard-tokens", 100]
+    run(tmp_path / "out", *options, "--shards", 2)
+    assert_same(shards(tmp_path / "out"), expected(texts, 100, limit=200))
+    run(tmp_path / "out", *options, "--tokens", 550)
+    assert_same(shards(tmp_path / "out"), expected(texts, 100, limit=550))
+
+
+def test_a_damaged_shard_is_written_again(tmp_path):
+    texts = [f"document {i}" for i in range(100)]
+    write_documents(tmp_path / "a.jsonl", texts)
+    options = ["--input", tmp_path / "a.jsonl", "--tokenizer", "bytes", "--shard-tokens", 200]
+    run(tmp_path / "out", *options)
+    path = tmp_path / "out" / "fineweb_train_000002.bin"
+    path.write_bytes(path.read_bytes()[:-2])
+    assert f"{path} is gone or damaged" in run(tmp_path / "out", *options)
+    assert_same(shards(tmp_path / "out"), expected(texts, 200))
+
+
+# Ends of all kinds
+
+
+def processes(tag: str) -> list[int]:
+    """Those that were started with this environment variable, and are alive."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            zombie = (folder / "stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+            if tag.encode() in (folder / "environ").read_bytes().split(b"\0") and not zombie:
+                found.append(int(folder.name))
+    return found
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 60) -> object:
+    until = time.monotonic() + seconds
+    while not (result := condition()):
+        assert time.monotonic() < until, "waited in vain"
+        time.sleep(0.01)
+    return result
+
+
+linux = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in /proc")
+
+
+def kill_at_random_moments(tmp_path: Path, corpus: Path, truth: dict, vocabulary: Vocabulary, kills: int) -> None:
+    rng, tag = random.Random(kills), f"TAG={tmp_path}"
+    env = environment(PYTHONPATH=str(vocabulary.folder), TAG=str(tmp_path))
+    options = ["--input", corpus / "*.*", "--tokenizer", ENCODING, "--shard-tokens", "75K", "--workers", 2]
+    began = time.perf_counter()
+    run(tmp_path / "reference", *options, env=env)
+    whole = time.perf_counter() - began
+    out, killed, finished = tmp_path / "out", 0, 0
+    while killed < kills:
+        process = subprocess.Popen(
+            command(out, *options), env=env, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        )
+        time.sleep(rng.uniform(0.1, 0.7 * whole))
+        process.kill()
+        if process.wait() == 0:  # it was through: from the start again
+            assert_same(shards(out), truth)
+            shutil.rmtree(out)
+            finished += 1
+            continue
+        killed += 1
+        wait_until(lambda: not processes(tag), 20)  # no worker outlives its parent
+        present = shards(out) if out.exists() else {}
+        assert [name for name, content in present.items() if content != truth[name]] == [], "half-written or wrong"
+        if (out / "fineweb.json").exists():
+            record = json.loads((out / "fineweb.json").read_text())
+            assert 0 <= len(present) - len(record["shards"]) <= 1
+            print(f"kill {killed}: {len(record['shards'])} of {len(truth)} shards")
+    run(out, *options, env=env)
+    assert_same(shards(out), truth)
+    assert not list(out.glob(".*.tmp"))
+
+
+@linux
+def test_sigkill_and_restart(tmp_path, corpus, truth, vocabulary):
+    """Catches half-written files under a final name, a restart at a wrong token, workers that outlive their parent."""
+    kill_at_random_moments(tmp_path, corpus, truth, vocabulary, kills=2)
+
+
+@linux
+@pytest.mark.slow
+def test_sigkill_and_restart_20_times(tmp_path, corpus, truth, vocabulary):
+    kill_at_random_moments(tmp_path, corpus, truth, vocabulary, kills=20)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".parquet", ".txt"])
+def test_every_format_and_its_restart(tmp_path, suffix):
+    """Catches text changed by a reader (line ends, NUL), empty documents let in, a restart that reads all again, or
+    from a wrong byte or row."""
+    rng = random.Random(1)
+    texts = [f"document {i} {rng.random()} é " * rng.randrange(1, 400) for i in range(700)]
+    for i in range(len(texts), 0, -9):
+        texts.insert(i, ["", *UNICODE][i % (1 + len(UNICODE))])
+    if suffix == ".txt":
+        for i, text in enumerate(texts):
+            write_documents(tmp_path / f"{i:03d}.txt", [text])
+    else:
+        write_documents(tmp_path / f"a{suffix}", texts[:750])
+        write_documents(tmp_path / f"b{suffix}", texts[750:])
+    options = ["--input", tmp_path / f"*{suffix}", "--tokenizer", "bytes", "--shard-tokens", "700K"]
+    out, wanted = tmp_path / "out", expected(texts, 700_000)
+    run(out, *options)
+    assert_same(shards(out), wanted)
+    places = [shard["next"] for shard in json.loads((out / "fineweb.json").read_text())["shards"]]
+    assert len(places) >= 4
+    assert all(place["skip"] < 2.5e6 for place in places), "tokens read again"
+    assert (places[-2]["file"], places[-2]["offset"]) > (places[2]["file"], places[2]["offset"]) > (0, 0)
+    (out / "fineweb_train_000003.bin").unlink()
+    run(out, *options)
+    assert_same(shards(out), wanted)
+
+
+def test_a_disk_that_fills_up(tmp_path):
+    """RLIMIT_FSIZE stands in for it. Finished shards stay, what was begun goes, and the next call goes on."""
+    texts = [f"document {i}" for i in range(1000)]
+    write_documents(tmp_path / "a.jsonl", texts)
+    out, options = tmp_path / "out", ["--input", tmp_path / "a.jsonl", "--tokenizer", "bytes", "--shard-tokens", 4000]
+    run(out, *options, "--shards", 1)
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
+    output = run(out, *options, code=1, preexec_fn=limit)
+    assert "fineweb_train_000001.bin was not written: File too large. Finished files are kept" in output
+    assert_same(shards(out), expected(texts, 4000, limit=4000))
+    assert not list(out.glob(".*.tmp"))
+    run(out, *options)
+    assert_same(shards(out), expected(texts, 4000))
+
+
+def test_too_little_space_is_seen_beforehand(tmp_path, refusal):
+    write_documents(tmp_path / "a.jsonl", ["abc"])
+    options = ["--input", tmp_path / "a.jsonl", "--tokenizer", "bytes", "--tokens", "900000G"]
+    output = refusal(tmp_path / "out", *options)
+    assert "needs 1800000.00 GB" in output and "make room" in output
+    assert not list((tmp_path / "out").glob("*.*n"))
+
+
+def started(tmp_path: Path, corpus: Path, vocabulary: Vocabulary) -> tuple[subprocess.Popen, Path, str]:
+    """A run in a session of its own that has written a shard and has many to go."""
+    env = environment(PYTHONPATH=str(vocabulary.folder), TAG=str(tmp_path))
+    many = [corpus / "a.jsonl"]
+    for i in range(8):
+        many.append(tmp_path / f"copy{i}.jsonl")
+        shutil.copy(corpus / "a.jsonl", many[-1])
+    out = tmp_path / "out"
+    options = ["--input", *many, "--tokenizer", ENCODING, "--shard-tokens", "75K", "--workers", 2]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command(out, *options), env=env, start_new_session=True, **pipes)
+    wait_until(lambda: (out / "fineweb_val_000000.bin").exists())
+    return process, out, f"TAG={tmp_path}"
+
+
+def workers_of(process: subprocess.Popen, tag: str) -> list[int]:
+    return [
+        pid
+        for pid in processes(tag)
+        if pid != process.pid and b"--multiprocessing-fork" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]
+
+
+@linux
+def test_a_killed_worker_is_a_message(tmp_path, corpus, vocabulary):
+    """Catches a parent that waits forever for a worker that ran out of memory."""
+    process, out, tag = started(tmp_path, corpus, vocabulary)
+    workers = workers_of(process, tag)
+    assert len(workers) == 2
+    os.kill(workers[0], signal.SIGKILL)
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert "a worker process has ended" in stderr and "Traceback" not in stderr
+    wait_until(lambda: not processes(tag), 10)
+    assert 0 <= len(shards(out)) - len(json.loads((out / "fineweb.json").read_text())["shards"]) <= 1
+
+
+@linux
+def test_ctrl_c_ends_all(tmp_path, corpus, vocabulary):
+    """As from a terminal, which signals the whole process group; catches workers that answer with a traceback."""
+    process, out, tag = started(tmp_path, corpus, vocabulary)
+    os.killpg(process.pid, signal.SIGINT)
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert stderr == "data/fineweb.py: interrupted. Finished shards are kept: the same command goes on\n"
+    wait_until(lambda: not processes(tag), 10)
+    assert 0 <= len(shards(out)) - len(json.loads((out / "fineweb.json").read_text())["shards"]) <= 1
+    assert not list(out.glob(".*.tmp"))
+
+
+@linux
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
+def test_memory_for_one_giant_document(tmp_path, vocabulary, suffix):
+    """A few times the document, in all processes together; a list of Python integers would take nine times."""
+    size = 100_000_000
+    text = "def a_function(of, some, arguments):  # that goes on and on\n" * (size // 60)
+    write_documents(tmp_path / f"a{suffix}", [text])
+    env = environment(PYTHONPATH=str(vocabulary.folder), TAG=str(tmp_path))
+    options = ["--input", tmp_path / f"a{suffix}", "--tokenizer", ENCODING, "--workers", 2]
+    process = subprocess.Popen(command(tmp_path / "out", *options), env=env)
+    peak = 0
+    while process.poll() is None:
+        total = 0
+        for pid in processes(f"TAG={tmp_path}"):
+            with contextlib.suppress(OSError):  # it has just ended
+                total += resource.getpagesize() * int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+        peak = max(peak, total)
+        time.sleep(0.05)
+    assert process.returncode == 0
+    print(f"{suffix}: {peak / size:.1f} times the document")
+    assert peak < 7 * size
+
+
+def test_large_documents_are_in_flight_one_at_a_time():
+    """Catches a bound on the number of batches alone: eight documents of 500 MB would be sent at once."""
+    pipes = [multiprocessing.Pipe() for _ in range(3)]
+    lock, held, most = threading.Lock(), [], 0
+
+    def work(connection) -> None:
+        nonlocal most
+        with contextlib.suppress(EOFError):
+            while True:
+                size = sum(piece.size for piece in connection.recv())
+                with lock:
+                    held.append(size)
+                    most = max(most, sum(held))
+                time.sleep(0.02)
+                with lock:
+                    held.remove(size)
+                connection.send(np.array([size]))
+
+    for _, theirs in pipes:
+        threading.Thread(target=work, args=(theirs,), daemon=True).start()
+    small, large = fineweb.BATCH_BYTES, 50 * fineweb.BATCH_BYTES
+    sizes = [small, large, large, *[small] * 30, large, small, large]
+    batches = ([fineweb.Piece("a.txt", fineweb.Position(i), None, size)] for i, size in enumerate(sizes))
+    results = list(fineweb.tokenize_all(batches, [ours for ours, _ in pipes]))
+    assert [(start.file, int(tokens[0])) for start, tokens in results] == list(enumerate(sizes))
+    assert most == large
+
+
+# Input that is wrong
+
+
+def broken_input(folder: Path) -> list[tuple[str, str]]:
+    """Pattern of an input, and what the message about it must say."""
+    good = '{"text": "fine"}\n'
+    files = {
+        "json.jsonl": (good * 70_000 + "{oops}\n" + good).encode(),  # far enough to be in a later batch
+        "utf8.jsonl": (good * 2).encode() + b'{"text": "\xff"}\n',
+        "field.jsonl": (good + '{"txt": "misspelt"}\n').encode(),
+        "list.jsonl": b"[1, 2]\n",
+        "number.jsonl": (good + '{"text": 5}\n').encode(),
+        "cut.jsonl.gz": gzip.compress(os.urandom(5000))[:3000],
+        "not.jsonl.gz": b"plain text",
+        "utf8.txt": b"caf\xe9",
+        "not.parquet": b"PAR1 and so on",
+        "suffix.csv": b"a,b\n",
+    }
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    pyarrow.parquet.write_table(pyarrow.table({"id": [1], "body": ["x"]}), folder / "column.parquet")
+    pyarrow.parquet.write_table(pyarrow.table({"text": [1, 2]}), folder / "numbers.parquet")
+    binary = pyarrow.array([b"good", b"\xff"], pyarrow.binary())
+    invalid = pyarrow.StringArray.from_buffers(2, *binary.buffers()[1:])
+    pyarrow.parquet.write_table(pyarrow.table({"text": invalid}), folder / "utf8.parquet")
+    return [
+        ("json.jsonl", "json.jsonl, line 70001 is not JSON"),
+        ("utf8.jsonl", "utf8.jsonl, line 3 is not JSON in UTF-8"),
+        (
+            "field.jsonl",
+            "field.jsonl, line 2: expected an object with the field text (see --text-field): the fields txt",
+        ),
+        ("list.jsonl", "list.jsonl, line 1: expected an object with the field text (see --text-field): a list"),
+        ("number.jsonl", "number.jsonl, line 2: expected a text, found a int"),
+        ("cut.jsonl.gz", "cut.jsonl.gz cannot be read: Compressed file ended"),
+        ("not.jsonl.gz", "not.jsonl.gz cannot be read: Not a gzipped file"),
+        ("utf8.txt", "utf8.txt cannot be read as UTF-8"),
+        ("not.parquet", "not.parquet cannot be read"),
+        ("column.parquet", "column.parquet has no column text, but id, body: name one with --text-field"),
+        ("numbers.parquet", "numbers.parquet, row 1: expected a text, found a int"),
+        ("utf8.parquet", "utf8.parquet, rows 1 to 2: 'utf-8' codec can't decode"),
+        ("suffix.csv", "suffix.csv: --input takes .jsonl, .jsonl.gz, .txt, .parquet"),
+        ("none*.jsonl", "none*.jsonl matches no file"),
+        (".", "matches no file: write"),
+    ]
+
+
+def test_wrong_input_is_named(tmp_path):
+    """Catches a message without file and line. Here without processes, which take a second each."""
+    for pattern, message in broken_input(tmp_path):
+        with pytest.raises(ShardError, match=re.escape(message)):
+            files = fineweb.find_files([str(tmp_path / pattern)])
+            pieces = fineweb.read_pieces(
+                files, lambda file: contextlib.nullcontext(file["name"]), fineweb.Position(), "text"
+            )
+            for piece in pieces:
+                list(fineweb.documents(piece, "text"))
+
+
+def test_wrong_input_is_named_by_the_script(tmp_path):
+    """Errors of the first process and of a worker, and an input without any document; nothing is left of them."""
+    (tmp_path / "empty.jsonl").write_text('\n{"text": ""}\n')
+    broken = dict(broken_input(tmp_path))
+    for i, pattern in enumerate(("json.jsonl", "cut.jsonl.gz", "empty.jsonl")):
+        message = broken.get(pattern, "the input has no documents: nothing was written")
+        options = ["--input", tmp_path / pattern, "--tokenizer", "bytes"]
+        assert message in run(tmp_path / f"out{i}", *options, code=1)
+        assert shards(tmp_path / f"out{i}") == {}
+
+
+def test_wrong_options_are_refused(tmp_path, refusal):
+    for options, message in [
+        (["--shard-tokens", "0"], "0 is not a positive count"),
+        (["--tokens", "many"], "many is not a positive count"),
+        (["--tokens", "1.0001K"], "is not a positive count"),
+        (["--shard-tokens", "3G"], "header holds at most 2,147,483,647"),
+        (["--tokens", "1", "--shards", "1"], "not allowed with"),
+        (["--input", "a.txt", "--sample", "10BT"], "leave one out"),
+        (["--prefix", "a/b"], "--prefix a/b"),
+        (["--prefix", "a_train_b"], "--prefix a_train_b"),
+    ]:
+        assert message in refusal(tmp_path / "out", *options, code=2)
+
+
+@pytest.mark.parametrize(
+    "text, count", [("7", 7), ("100M", 100_000_000), ("1g", 10**9), ("1.5K", 1500), ("1_000", 1000)]
+)
+def test_amounts(text: str, count: int):
+    assert fineweb.amount(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "-1", "0", "1.5", "1T", "M", "1e3"])
+def test_wrong_amounts(text: str):
+    with pytest.raises(argparse.ArgumentTypeError):
+        fineweb.amount(text)
+
+
+def test_tokenizers_that_will_not_do(tmp_path, vocabulary, monkeypatch):
+    """Each is refused before any work, with what to do."""
+    file = str(vocabulary.file)
+    for name, bos, message in [
+        ("gpt3", None, "no tokenizer gpt3: expected bytes, a file *.json, or one of tiktoken's"),
+        ("bytes", "x", "always has BOS 256"),
+        (file, "<s>", "has no token <s> to start documents with: name another with --bos"),
+        (file, "e", "e is an ordinary token"),
+        (str(tmp_path / "none.json"), None, "none.json is not a file of the tokenizers library"),
+    ]:
+        with pytest.raises(ShardError, match=re.escape(message)):
+            fineweb.load_tokenizer(name, bos)
+    assert fineweb.load_tokenizer(file).bos == fineweb.load_tokenizer(file, "<|endoftext|>").bos == vocabulary.bos
+
+    large = json.loads(vocabulary.file.read_text("utf-8"))
+    large["model"]["vocab"]["an unused token"] = 65_536
+    (tmp_path / "large.json").write_text(json.dumps(large))
+    with pytest.raises(ShardError, match=r"has 65,537 tokens, but shards hold at most 65,536"):
+        fineweb.load_tokenizer(str(tmp_path / "large.json"))
+
+    for library in ("tiktoken", "tokenizers"):
+        monkeypatch.setitem(sys.modules, library, None)
+        with pytest.raises(ShardError, match=f"needs {library}: pip install {library}"):
+            fineweb.load_tokenizer({"tiktoken": "gpt2", "tokenizers": file}[library])
+    write_documents(tmp_path / "a.parquet", ["x"])
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(ShardError, match="needs pyarrow: pip install pyarrow"):
+        next(fineweb.read_parquet(str(tmp_path / "a.parquet"), fineweb.Position(), "text"))
+
+
+def test_gpt2_without_network_says_the_ways_out(tmp_path):
+    write_documents(tmp_path / "a.jsonl", ["x"])
+    nowhere = {"HTTPS_PROXY": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
+    env = environment(TIKTOKEN_CACHE_DIR=str(tmp_path / "cache"), **nowhere)
+    output = run(tmp_path / "out", "--input", tmp_path / "a.jsonl", code=1, env=env)
+    assert "could not download it" in output and "TIKTOKEN_CACHE_DIR" in output and "--tokenizer FILE" in output
+
+
+# The hub
+
+
+class Hub(ThreadingHTTPServer):
+    """The few calls of the Hugging Face hub that a download needs, on 127.0.0.1.
+
+    `revisions`: files of each commit, the last one being the present one. `cuts`: how many of the next downloads end
+    halfway through.
+    """
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), HubRequest)
+        self.revisions: dict[str, dict[str, bytes]] = {}
+        self.cuts, self.requests = 0, []
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def handle_error(self, request, client_address) -> None:
+        """Nothing: clients are killed here."""
+
+
+class HubRequest(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Hub
+
+    def log_message(self, *args) -> None:
+        pass
+
+    def reply(self, status: int, content: bytes, **headers) -> None:
+        self.send_response(status)
+        for key, value in {"Content-Length": len(content), **headers}.items():
+            self.send_header(key.replace("_", "-"), str(value))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        hub, path = self.server, unquote(self.path.split("?")[0])
+        hub.requests.append((self.command, path, self.headers.get("Range")))
+        repo = "HuggingFaceFW/fineweb"
+        if path == f"/api/datasets/{repo}":
+            return self.reply(200, json.dumps({"id": repo, "sha": list(hub.revisions)[-1]}).encode())
+        for revision, files in hub.revisions.items():
+            if path == f"/api/datasets/{repo}/tree/{revision}/sample/10BT":
+                entries = [
+                    {"type": "file", "oid": "0" * 40, "size": len(content), "path": name}
+                    for name, content in reversed(files.items())
+                ]
+                return self.reply(200, json.dumps([*entries, {"type": "directory", "oid": "1", "path": "x"}]).encode())
+            name = path.removeprefix(f"/datasets/{repo}/resolve/{revision}/")
+            if name in files:
+                return self.send_file(revision, name, files[name])
+        self.reply(404, b"", X_Error_Code="EntryNotFound")
+
+    def send_file(self, revision: str, name: str, content: bytes) -> None:
+        headers = {"ETag": f'"{revision}-{len(content)}"', "X_Repo_Commit": revision, "Accept_Ranges": "bytes"}
+        begin = int((self.headers.get("Range") or "bytes=0-")[6:].rstrip("-"))
+        if begin:
+            headers["Content_Range"] = f"bytes {begin}-{len(content) - 1}/{len(content)}"
+        if self.command == "GET" and self.server.cuts:
+            self.server.cuts -= 1
+            self.close_connection = True
+            self.send_response(200)
+            for key, value in {"Content-Length": len(content), **headers}.items():
+                self.send_header(key.replace("_", "-"), str(value))
+            self.end_headers()
+            self.wfile.write(content[: len(content) // 2])
+            return
+        self.reply(206 if begin else 200, content[begin:], **headers)
+
+
+@pytest.fixture
+def hub(tmp_path) -> Iterator[Hub]:
+    with Hub() as server:
+        yield server
+        server.shutdown()
+
+
+def hub_environment(hub: Hub, tmp_path: Path) -> dict[str, str]:
+    env = environment(HF_ENDPOINT=f"http://127.0.0.1:{hub.server_port}", HF_HOME=str(tmp_path / "hf"))
+    return {key: value for key, value in env.items() if key not in ("HF_HUB_OFFLINE", "HF_TOKEN")}
+
+
+def parquet_files(folder: Path, texts: list[str], number: int = 3) -> dict[str, bytes]:
+    files = {}
+    for i in range(number):
+        write_documents(folder / "one.parquet", texts[i * len(texts) // number : (i + 1) * len(texts) // number])
+        files[f"sample/10BT/{i:03d}_00000.parquet"] = (folder / "one.parquet").read_bytes()
+    return files
+
+
+def test_the_hub(tmp_path, hub):
+    """Catches a wrong order of files, a cut download taken for whole, and a restart that follows the dataset's changes.
+
+    The restart needs no list, and the staging folder is gone at the end.
+    """
+    texts = [f"document {i} " * 50 for i in range(600)]
+    hub.revisions["a" * 40] = parquet_files(tmp_path, texts)
+    hub.cuts = 1
+    out, options = tmp_path / "out", ["--tokenizer", "bytes", "--shard-tokens", "100K", "--workers", 2]
+    env = hub_environment(hub, tmp_path)
+    run(out, *options, "--shards", 1, env=env)
+    assert_same(shards(out), expected(texts, 100_000, limit=100_000))
+    downloads = [path for method, path, _ in hub.requests if method == "GET" and path.endswith("/000_00000.parquet")]
+    assert len(downloads) == 2, "the first one was cut"
+
+    hub.revisions["b" * 40] = parquet_files(tmp_path, ["other text"] * 600)
+    hub.requests.clear()
+    options += ["--shards", 50]  # more than there are; without it the disk needs room for the whole sample
+    run(out, *options, env=env)
+    assert_same(shards(out), expected(texts, 100_000))
+    assert not [path for _, path, _ in hub.requests if "/api/datasets" in path or "b" * 40 in path]
+    assert sorted(path.name for path in out.iterdir() if path.suffix != ".bin") == [".lock", "fineweb.json"]
+    assert "found 600 documents" in run(out, *options, env=environment(HF_ENDPOINT="http://127.0.0.1:9"))
+
+
+def test_a_hub_that_cannot_be_reached_or_refuses(tmp_path, hub):
+    """A refusal is not repeated; the ways out are said."""
+    began = time.perf_counter()
+    output = run(
+        tmp_path / "out", "--tokenizer", "bytes", "--source", "fineweb-edu", code=1, env=hub_environment(hub, tmp_path)
+    )
+    assert time.perf_counter() - began < 15
+    assert f"no list of HuggingFaceFW/fineweb-edu/sample/10BT from http://127.0.0.1:{hub.server_port}" in output
+    assert "--input 'FOLDER/*.parquet'" in output
