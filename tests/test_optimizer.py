@@ -413,3 +413,50 @@ def test_small_updates_are_not_lost_in_bfloat16():
         optimizer.step(settings_of(step))
     assert p.detach().float().numpy() == pytest.approx(1 - 64 * 2.0**-12, abs=2.0**-8)
     assert (p < 1).all()
+
+
+# ---- when the sums over the ranks start ----
+
+
+class NoWait:
+    def wait(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("step", [0, 1])
+def test_sums_start_while_the_last_backward_pass_goes_on(monkeypatch, step):
+    """Catches: sums that wait for the step, that start before the last row's gradient is in, a head without embed's."""
+    started: list[tuple[str, torch.Tensor]] = []
+    model = train_gpt.GPT(replace(train_gpt.NANO.model, num_layers=5), cpu(world_size=2), seed=1)
+    params = dict(model.named_parameters())
+
+    def sum_later(*tensors, async_op):
+        grads = {p.grad.data_ptr(): name for name, p in params.items() if p.grad is not None}
+        started.append((grads[tensors[-1].data_ptr()], tensors[-1].clone()))
+        return NoWait()
+
+    monkeypatch.setattr(train_gpt, "reduce_scatter_single", sum_later)
+    monkeypatch.setattr(train_gpt.dist, "all_reduce", sum_later)
+    monkeypatch.setattr(train_gpt, "all_gather_single", lambda *_, async_op: NoWait())
+    settings = train_gpt.NANO.at(step)
+    optimizer = Optimizer(params, train_gpt.NANO.optimizer, cpu(world_size=2))
+    tokens = torch.arange(40)
+    row = train_gpt.Row(tokens[:-1], tokens[1:], torch.tensor([0, 39, 39], dtype=torch.int32), 39)
+    weights = torch.tensor(settings.prediction_weights)
+    model(row, settings, weights)[0].backward()
+    assert not started, "a row is left"
+    optimizer.expect_gradients(settings)
+    model(row, settings, weights)[0].backward()
+    due = {name for name in params if optimizer.rules[name].kind == "normuon" or step == 1} - {"embed"}
+    assert {name for name, _ in started} == due and len(started) == len(due)
+    if step == 1:
+        torch.manual_seed(0)
+        alone = train_gpt.GPT(model.config, cpu(), seed=1)
+        for _ in range(2):
+            alone(row, settings, weights)[0].backward()
+        both = alone.head.grad + alone.embed.grad.T
+        assert torch.allclose(dict(started)["head"].view_as(both), both, rtol=1e-5, atol=1e-6)
+    before = len(started)
+    optimizer.step(settings)
+    assert len(started) == before and not optimizer._sums
+    assert (params["embed"].grad is None) == (step == 1)
