@@ -4,7 +4,7 @@
                                         in 91 and 93 s (2 timed runs) on two cores of an AMD EPYC, torch 2.13.0
     ./run.sh small                      FineWeb to 3.28 nats/token, 1 to 8 GPUs of one or more nodes
 
-The file reads in the order in which data flows: tracks -> hot operations -> optimizer -> model -> data -> run.
+The file reads in the order in which data flows: tracks -> hot operations, kernels -> optimizer -> model -> data -> run.
 A run has five kinds of state: weights, optimizer state, loader position, random generator, clock. All else (windows,
 learning rate, momentum, rotary frequencies, whether the embedding is tied, ...) is a pure function of (track, step):
 `Track.at(step)` returns it as `Settings`. The log starts with this file's text, so that it is a complete record.
