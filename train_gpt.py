@@ -712,7 +712,8 @@ def _linear_relu_square(
 
 
 def _launch_linear_relu_square(a: Tensor, b: Tensor, post: Tensor | None) -> Tensor:
-    """relu(a b^T)^2, or, where that is given as `post`, 2 sqrt(post) (a b^T). All contiguous."""
+    """relu(a b^T)^2, or, where that is given as `post` (contiguous), 2 sqrt(post) (a b^T)."""
+    a, b = a.contiguous(), b.contiguous()
     (M, K), N = a.shape, b.size(0)
     out = torch.empty(M, N, dtype=a.dtype, device=a.device)
     shape = tiles(a.device)

@@ -61,7 +61,7 @@ PIECE_BYTES = 1 << 18  # read at once from a jsonl file
 MAX_PIECE_ROWS = 512  # read at once from a parquet file, less where rows are long
 BATCH_BYTES = 1 << 20  # of text to a worker at once: a tenth of a second's work
 BATCHES_PER_WORKER = 4  # in flight, so that no worker waits for another one's long document
-RETRY_SECONDS = (1, 4, 16, 64)  # between attempts to reach the hub, which resume a download where it broke off
+RETRY_SECONDS = (1, 4, 16, 64)  # between attempts to reach the hub, whose client resumes a cut download by itself
 
 
 # Tokenizers
@@ -556,6 +556,8 @@ def hub_call(what: str, call: Callable):
     for delay in (*RETRY_SECONDS, None):
         try:
             return call()
+        except ShardError:
+            raise
         except Exception as error:  # hub, HTTP client, TLS and disk each have their own
             status = getattr(getattr(error, "response", None), "status_code", None)
             refused = status is not None and 400 <= status < 500 and status not in (408, 429)
@@ -597,10 +599,17 @@ def hub_file(staging: Path, repo: str, revision: str, file: dict) -> Iterator[st
     from huggingface_hub import hf_hub_download
 
     name, size = file["name"], file["size"]
-    if not (staging / name).exists():
-        require_space(staging, size)
-    download = functools.partial(hf_hub_download, repo, name, repo_type="dataset", revision=revision, local_dir=staging)
-    path = Path(hub_call(name, download))
+    path = staging / name
+
+    def download() -> None:
+        for other in staging.rglob("*"):  # what killed downloads leave has new names every time, and is never resumed
+            if other != path and other.suffix in (".incomplete", ".parquet"):
+                other.unlink()
+        if not path.exists():
+            require_space(staging, size)
+        hf_hub_download(repo, name, repo_type="dataset", revision=revision, local_dir=staging)
+
+    hub_call(name, download)
     if path.stat().st_size != size:
         raise ShardError(f"{path} has {path.stat().st_size:,} bytes, but the hub's list says {size:,}: remove it")
     yield str(path)

@@ -388,6 +388,15 @@ def processes(tag: str) -> list[int]:
     return found
 
 
+@pytest.fixture
+def no_leftovers(tmp_path: Path) -> Iterator[None]:
+    """Ends what a failed test has left running."""
+    yield
+    for pid in processes(f"TAG={tmp_path}"):
+        with contextlib.suppress(OSError):
+            os.kill(pid, signal.SIGKILL)
+
+
 def wait_until(condition: Callable[[], object], seconds: float = 60) -> object:
     until = time.monotonic() + seconds
     while not (result := condition()):
@@ -432,12 +441,14 @@ def kill_at_random_moments(tmp_path: Path, corpus: Path, truth: dict, vocabulary
 
 
 @linux
+@pytest.mark.usefixtures("no_leftovers")
 def test_sigkill_and_restart(tmp_path, corpus, truth, vocabulary):
     """Catches half-written files under a final name, a restart at a wrong token, workers that outlive their parent."""
     kill_at_random_moments(tmp_path, corpus, truth, vocabulary, kills=2)
 
 
 @linux
+@pytest.mark.usefixtures("no_leftovers")
 @pytest.mark.slow
 def test_sigkill_and_restart_20_times(tmp_path, corpus, truth, vocabulary):
     kill_at_random_moments(tmp_path, corpus, truth, vocabulary, kills=20)
@@ -517,6 +528,7 @@ def workers_of(process: subprocess.Popen, tag: str) -> list[int]:
 
 
 @linux
+@pytest.mark.usefixtures("no_leftovers")
 def test_a_killed_worker_is_a_message(tmp_path, corpus, vocabulary):
     """Catches a parent that waits forever for a worker that ran out of memory."""
     process, out, tag = started(tmp_path, corpus, vocabulary)
@@ -531,6 +543,7 @@ def test_a_killed_worker_is_a_message(tmp_path, corpus, vocabulary):
 
 
 @linux
+@pytest.mark.usefixtures("no_leftovers")
 def test_ctrl_c_ends_all(tmp_path, corpus, vocabulary):
     """As from a terminal, which signals the whole process group; catches workers that answer with a traceback."""
     process, out, tag = started(tmp_path, corpus, vocabulary)
@@ -544,6 +557,7 @@ def test_ctrl_c_ends_all(tmp_path, corpus, vocabulary):
 
 
 @linux
+@pytest.mark.usefixtures("no_leftovers")
 @pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
 def test_memory_for_one_giant_document(tmp_path, vocabulary, suffix):
@@ -848,6 +862,24 @@ def test_the_hub(tmp_path, hub):
     assert not [path for _, path, _ in hub.requests if "/api/datasets" in path or "b" * 40 in path]
     assert sorted(path.name for path in out.iterdir() if path.suffix != ".bin") == [".lock", "fineweb.json"]
     assert "found 600 documents" in run(out, *options, env=environment(HF_ENDPOINT="http://127.0.0.1:9"))
+
+
+def test_the_staging_folder_holds_one_file(tmp_path, monkeypatch):
+    """Catches a disk that fills with what killed downloads left: gigabytes each, under names never used again."""
+    staging = tmp_path / ".fineweb.staging"
+    for name in ("a.parquet", ".cache/x.1234.incomplete"):
+        (staging / "sample" / name).parent.mkdir(parents=True, exist_ok=True)
+        (staging / "sample" / name).write_bytes(b"old")
+    seen = []
+
+    def download(repo: str, name: str, **options) -> None:
+        seen.extend(path.name for path in staging.rglob("*") if path.is_file())
+        (staging / name).write_bytes(b"new")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    with fineweb.hub_file(staging, "repo", "revision", {"name": "sample/b.parquet", "size": 3}) as path:
+        assert Path(path).read_bytes() == b"new"
+    assert seen == [] and not Path(path).exists()
 
 
 def test_a_hub_that_cannot_be_reached_or_refuses(tmp_path, hub):
