@@ -560,6 +560,23 @@ def quadratic(A: Tensor, b: float, c: float, fused: bool = False) -> Tensor:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+def operator(name: str, fake):
+    """Register a function as torch.ops.speedrun.<name>; `fake` gives results of the same shapes, without data.
+
+    torch.library.custom_op would do the same, but import torch._dynamo: 3 s that a run which never compiles can save.
+    """
+
+    def register(function):
+        qualified = f"speedrun::{name}"
+        schema = torch.library.infer_schema(function, mutates_args=())
+        torch.library.define(qualified, schema, tags=torch.Tag.pt2_compliant_tag)
+        torch.library.impl(qualified, "CompositeExplicitAutograd", function)
+        torch.library.register_fake(qualified, fake)
+        return function
+
+    return register
+
+
 @dataclass(frozen=True)
 class Tiles:
     """Shapes of a matrix product in Triton: (m, k) x (k, n) tiles, `stages` of which are in flight."""
@@ -638,18 +655,14 @@ def _launch_symmetric(X: Tensor, alpha: float, beta: float, add: bool) -> Tensor
     return Y
 
 
-@torch.library.custom_op("speedrun::symmetric_product", mutates_args=())
+@operator("symmetric_product", fake=lambda X: X.new_empty(X.size(0), X.size(1), X.size(1)))
 def _symmetric_product_op(X: Tensor) -> Tensor:
     return _launch_symmetric(X, 1.0, 0.0, add=False)
 
 
-@torch.library.custom_op("speedrun::quadratic", mutates_args=())
+@operator("quadratic", fake=lambda A, b, c: torch.empty_like(A, memory_format=torch.contiguous_format))
 def _quadratic_op(A: Tensor, b: float, c: float) -> Tensor:
     return _launch_symmetric(A, c, b, add=True)
-
-
-_symmetric_product_op.register_fake(lambda X: X.new_empty(X.size(0), X.size(1), X.size(1)))
-_quadratic_op.register_fake(lambda A, b, c: torch.empty_like(A, memory_format=torch.contiguous_format))
 
 
 @jit
@@ -745,13 +758,16 @@ def multiprocessors(device: torch.device) -> int:
     return 3 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
 
 
-@torch.library.custom_op("speedrun::relu_squared_mlp", mutates_args=())
+@operator("relu_squared_mlp", fake=lambda h, fc, proj: (torch.empty_like(h), h.new_empty(h.size(0), fc.size(0))))
 def _mlp_op(h: Tensor, fc: Tensor, proj: Tensor) -> tuple[Tensor, Tensor]:
     post = _launch_linear_relu_square(h, fc, None)
     return post @ proj, post
 
 
-@torch.library.custom_op("speedrun::relu_squared_mlp_backward", mutates_args=())
+@operator(
+    "relu_squared_mlp_backward",
+    fake=lambda grad, h, fc, proj, post: tuple(torch.empty_like(x) for x in (h, fc, proj)),
+)
 def _mlp_backward_op(grad: Tensor, h: Tensor, fc: Tensor, proj: Tensor, post: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     grad = grad.contiguous()
     pre_grad = _launch_linear_relu_square(grad, proj, post)
@@ -763,11 +779,11 @@ def _mlp_setup_context(ctx, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(*inputs, output[1])
 
 
-_mlp_op.register_fake(lambda h, fc, proj: (torch.empty_like(h), h.new_empty(h.size(0), fc.size(0))))
-_mlp_backward_op.register_fake(lambda grad, h, fc, proj, post: tuple(torch.empty_like(x) for x in (h, fc, proj)))
-_mlp_op.register_autograd(
-    lambda ctx, grad, _: _mlp_backward_op(grad, *ctx.saved_tensors), setup_context=_mlp_setup_context
-)
+def _mlp_backward(ctx, grad: Tensor, _: None) -> tuple[Tensor, ...]:
+    return torch.ops.speedrun.relu_squared_mlp_backward(grad, *ctx.saved_tensors)
+
+
+torch.library.register_autograd("speedrun::relu_squared_mlp", _mlp_backward, setup_context=_mlp_setup_context)
 
 
 @jit
@@ -846,7 +862,13 @@ def scaled_matmul(a: Tensor, b: Tensor, scale_a: float, scale_b: float, fast: bo
     return torch._scaled_mm(a, b.T, *scales, out_dtype=torch.bfloat16, use_fast_accum=fast)
 
 
-@torch.library.custom_op("speedrun::head_loss", mutates_args=())
+def _head_loss_fake(x, head, targets, weights, chunk, need_grad, fused, fp8):
+    loss = x.new_empty((), dtype=torch.promote_types(x.dtype, torch.float32))
+    gradients = (x, head) if need_grad else (x[:0], head[:0])
+    return loss, torch.empty_like(loss), *(torch.empty_like(g) for g in gradients)
+
+
+@operator("head_loss", fake=_head_loss_fake)
 def _head_loss_op(
     x: Tensor,  # (T, d)
     head: Tensor,  # (d, V)
@@ -896,13 +918,6 @@ def _head_loss_op(
     return loss, nll, x_grad, head_grad.to(head.dtype)
 
 
-@_head_loss_op.register_fake
-def _(x, head, targets, weights, chunk, need_grad, fused, fp8):
-    loss = x.new_empty((), dtype=torch.promote_types(x.dtype, torch.float32))
-    gradients = (x, head) if need_grad else (x[:0], head[:0])
-    return loss, torch.empty_like(loss), *(torch.empty_like(g) for g in gradients)
-
-
 def _head_loss_setup_context(ctx, inputs: tuple, output: tuple) -> None:
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output[2:])
@@ -912,7 +927,7 @@ def _head_loss_backward(ctx, grad: Tensor, *_: None) -> tuple[Tensor | None, ...
     return *((g * grad).to(g.dtype) for g in ctx.saved_tensors), *(None,) * 6
 
 
-_head_loss_op.register_autograd(_head_loss_backward, setup_context=_head_loss_setup_context)
+torch.library.register_autograd("speedrun::head_loss", _head_loss_backward, setup_context=_head_loss_setup_context)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -7,6 +7,9 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # two processes of tests, each with a core of its own; read by `import torch`
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import numpy as np
 import pytest
 import torch

@@ -229,7 +229,10 @@ def test_validation_over_slices_equals_the_whole_row():
 # ---- what no token may know ----
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+SMALL_IS_SLOW = [pytest.param(name, marks=pytest.mark.slow if name == "small" else ()) for name in CONFIGS]
+
+
+@pytest.mark.parametrize("name", SMALL_IS_SLOW)
 def test_a_future_token_never_changes_a_logit(name):
     """Causality through every path: paired heads, smear, key offset, skips. Bit for bit."""
     config = CONFIGS[name]
@@ -244,7 +247,7 @@ def test_a_future_token_never_changes_a_logit(name):
         assert not torch.equal(before[changed], after[changed])
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", SMALL_IS_SLOW)
 def test_another_document_changes_nothing_but_what_smear_and_key_offset_let_across(name):
     """Section 3 lets two things across a document's start, and this test that nothing else does:
 

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 REPO = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(REPO))
+sys.path[0] = str(REPO)  # instead of this folder, whose profile.py would stand in for Python's own
 import train_gpt  # noqa: E402
 
 

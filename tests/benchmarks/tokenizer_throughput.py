@@ -24,7 +24,7 @@ import pyarrow.parquet
 import tiktoken
 
 REPO = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(REPO / "tests"), str(REPO), str(REPO / "data")]
+sys.path[:1] = [str(REPO / "tests"), str(REPO), str(REPO / "data")]
 from test_data_fineweb import install_encoding, mergeable_ranks, train_bpe  # noqa: E402
 
 DOCUMENT_CHARS = 3000
