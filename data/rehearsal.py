@@ -523,6 +523,7 @@ def build(out: Path, settings: Settings, sidecar: dict | None, workers: int) -> 
                 for _ in range(0, sizes[name], BLOCK_TOKENS):  # blocks are a little longer: the last document is cut
                     tokens = next(blocks)[: sizes[name] - written]
                     file.write(tokens.data)
+                    os.fsync(file.fileno())  # block by block, while the workers go on: a whole shard would stall them
                     sha256.update(tokens.data)
                     written += len(tokens)
                     documents += int(np.count_nonzero(tokens == settings.bos))
