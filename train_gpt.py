@@ -880,8 +880,7 @@ def _head_loss_op(
     fp8: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # loss and next-token loss, 0-dim; gradients of the loss: (T, d), (d, V)
     wide = torch.promote_types(x.dtype, torch.float32)
-    loss, nll = torch.zeros(2, dtype=wide, device=x.device).unbind()
-    loss, nll = loss.clone(), nll.clone()  # an operator's results must not share memory
+    loss, nll = (torch.zeros((), dtype=wide, device=x.device) for _ in range(2))
     x_grad = torch.empty_like(x if need_grad else x[:0])
     chunks = range(0, x.size(0), chunk)
     head_grad = torch.zeros_like(head if need_grad else head[:0], dtype=wide if len(chunks) > 1 else x.dtype)

@@ -31,7 +31,6 @@ class Report:
 
     path: Path
     num_tokens: int
-    bos: int
     lengths: np.ndarray
     hashes: list[int] = field(repr=False)
     """64 bits of each document, comparable within this process."""
@@ -71,7 +70,7 @@ def inspect(path: Path, vocab_size: int | None = None, bos: int | None = None) -
 
     view = memoryview(content)
     edges = (HEADER_BYTES + 2 * bounds).tolist()
-    return Report(path, num_tokens, bos, np.diff(bounds), [hash(view[a:b]) for a, b in pairwise(edges)])
+    return Report(path, num_tokens, np.diff(bounds), [hash(view[a:b]) for a, b in pairwise(edges)])
 
 
 def duplicates(reports: list[Report]) -> dict[Path, int]:

@@ -43,6 +43,7 @@ from shards import (
     HEADER_BYTES,
     SHARD_TOKENS,
     ShardError,
+    available_cores,
     exclusive,
     new_file,
     read_shard_header,
@@ -687,7 +688,7 @@ def parse_command() -> argparse.Namespace:
     limits.add_argument("--shards", type=amount, metavar="N", help="stop after N shards, the validation shard included")
     add("--shard-tokens", type=amount, default=SHARD_TOKENS, metavar="N", help="tokens per shard (default: 100M)")
     add("--prefix", default="fineweb", help="of the file names (default: fineweb)")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = available_cores()
     add("--workers", type=amount, default=cores, metavar="K", help="tokenizing processes (default here: %(default)s)")
     arguments = parser.parse_args()
     if arguments.input and (arguments.source or arguments.sample):

@@ -50,6 +50,7 @@ from shards import (
     HEADER_BYTES,
     SHARD_TOKENS,
     ShardError,
+    available_cores,
     exclusive,
     new_file,
     read_shard_header,
@@ -544,7 +545,7 @@ def main() -> None:
     )
     default = Path(__file__).resolve().parent / "rehearsal"
     parser.add_argument("--out", type=Path, default=default, metavar="DIR", help="folder of the shards (%(default)s)")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = available_cores()
     # With more than four the one process that writes and hashes what they make does not keep up.
     parser.add_argument("--workers", type=int, default=min(cores, 4), metavar="N", help="processes (%(default)s)")
     for f in fields(Settings):
