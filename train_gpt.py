@@ -1864,24 +1864,26 @@ class Clock:
 class RunLog:
     """logs/<run_id>.txt, written by rank 0 alone: source, environment and settings, then one line per event."""
 
-    def __init__(self, track: Track, options: Options, runtime: Runtime):
-        self.file, self.total_steps = None, track.schedule.total_steps
-        self.run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{track.name}-{secrets.token_hex(3)}"
-        self.path = options.log_dir / f"{self.run_id}.txt"
+    def __init__(
+        self, name: str, total_steps: int, source: str, settings: dict[str, object], log_dir: Path, runtime: Runtime
+    ):
+        self.file, self.total_steps = None, total_steps
+        self.run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{name}-{secrets.token_hex(3)}"
+        self.path = log_dir / f"{self.run_id}.txt"
         if runtime.rank != 0:
             self.path = None
             return
         try:
-            options.log_dir.mkdir(parents=True, exist_ok=True)
+            log_dir.mkdir(parents=True, exist_ok=True)
             self.file = open(self.path, "x", encoding="utf-8", buffering=1)  # noqa: SIM115 - open for the whole run
         except OSError as error:
             raise SpeedrunError(f"{self.path}: cannot write the log ({error.strerror}); see --log-dir.") from error
         if os.environ.get("TRAIN_GPT_LOG_PATH_FILE"):
             Path(os.environ["TRAIN_GPT_LOG_PATH_FILE"]).write_text(str(self.path))
-        self.write(Path(__file__).read_text(encoding="utf-8"))
+        self.write(source)
         self.write("=" * 100)
         self.write(runtime.describe())
-        self.write("\n".join(f"{key}: {value}" for key, value in (flatten(track) | flatten(options)).items()))
+        self.write("\n".join(f"{key}: {value}" for key, value in settings.items()))
         self.write("=" * 100)
 
     def write(self, line: str) -> None:
@@ -2017,7 +2019,8 @@ def train(track: Track, options: Options, runtime: Runtime) -> float:
     stop = total_steps if options.max_steps is None else min(options.max_steps, total_steps)
     check(track, data_dir, runtime, stop)
     trainer = Trainer(track, runtime, data_dir, options.seed)
-    log = RunLog(track, options, runtime)
+    source, settings = Path(__file__).read_text(encoding="utf-8"), flatten(track) | flatten(options)
+    log = RunLog(track.name, total_steps, source, settings, options.log_dir, runtime)
     say = tqdm.write if runtime.rank == 0 else lambda line: None
     say(
         f"{track.name}: {sum(p.numel() for p in trainer.params.values()):,} parameters on {runtime.world_size} x "
