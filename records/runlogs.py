@@ -1,0 +1,185 @@
+"""Reads the logs of runs: ours and those of the public speedrun, whose format ours is (SPEC: A run).
+
+A log is the source text, a line of `=`, versions, device and settings, again `=`, then a line per event such as
+
+    step:250/1765 val_loss:4.1234 train_time:12345ms step_avg:49.38ms
+    step:251/1765 train_time:12394ms step_avg:49.38ms
+
+Also read: times in seconds, no total, no average, averages of `nan` while the first steps are not timed, and the
+`s:250 tel:4.1234` lines of llm.c. Lines that do not begin like an event (warnings, notes) are kept as `notes`.
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+SEPARATOR = re.compile(r"^={80,}[ \t]*\r?$", re.MULTILINE)
+EVENT = re.compile(r"^\s*(?:step|s)\s*:\s*\d")  # a line that has to parse
+STEP = re.compile(r"(\d+)(?:/(\d+))?")
+TIME = re.compile(r"(nan|inf|\d+(?:\.\d*)?(?:e[+-]?\d+)?)(ms|s)?")
+VAL_LOSS, TRAIN_LOSS = ("val_loss", "val", "tel"), ("train_loss", "loss", "trl", "trn")
+MAX_BYTES = 256 * 2**20
+
+
+class LogError(Exception):
+    """A log cannot be used; the message names the file, the line and what is wrong, in words for the user."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """One line of a log."""
+
+    line: int  # number in the file, from 1
+    step: int
+    total: int | None = None  # steps of the whole run
+    seconds: float | None = None  # training time so far, on the run's clock
+    average: float | None = None  # seconds per step so far; nan while the run does not time its first steps
+    val_loss: float | None = None
+    train_loss: float | None = None
+
+
+@dataclass(frozen=True)
+class Log:
+    path: Path
+    source: str | None  # None: the log does not begin with the text of its program
+    environment: str  # versions, device, settings, as they stand
+    settings: dict[str, str]  # `key: value` lines of the environment, such as "data.val_tokens"
+    events: list[Event]
+    notes: list[str] = field(default_factory=list)  # other lines after the environment
+
+    @property
+    def val(self) -> list[Event]:
+        return [event for event in self.events if event.val_loss is not None]
+
+    @property
+    def train(self) -> list[Event]:
+        return [event for event in self.events if event.train_loss is not None]
+
+    @property
+    def final(self) -> Event | None:
+        """The last validation."""
+        return self.val[-1] if self.val else None
+
+    @property
+    def total_steps(self) -> int | None:
+        return self.events[-1].total if self.events else None
+
+    @property
+    def track(self) -> str | None:
+        return self.settings.get("name")
+
+    @property
+    def target(self) -> float | None:
+        """Validation loss to reach, where the settings give one."""
+        try:
+            return float(self.settings["target_loss"])
+        except (KeyError, ValueError):
+            return None
+
+    def tokens_at(self, step: int) -> int | None:
+        """Training tokens of the first `step` steps by the schedule in the settings; None where that is not there."""
+        try:
+            scheduled = int(self.settings["schedule.scheduled_steps"])
+            stages = []
+            while (key := f"schedule.stages.{len(stages)}.tokens") in self.settings:
+                stages.append(int(self.settings[key]))
+            bounds = [scheduled * i // len(stages) for i in range(len(stages) + 1)]
+            extension = int(self.settings["schedule.extension.tokens"]) if step > scheduled else 0
+        except (KeyError, ValueError, ZeroDivisionError):
+            return None
+        spans = zip(stages, bounds, bounds[1:], strict=False)
+        return sum(n * max(min(step, b) - a, 0) for n, a, b in spans) + extension * max(step - scheduled, 0)
+
+
+def parse_log(path: str | Path) -> Log:
+    """Read one log. Raises LogError where it cannot be read, is not text, or has an event line that does not parse."""
+    path = Path(path)
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise LogError(f"{path}: {path.stat().st_size >> 20} MiB is no log.")
+        text = path.read_bytes().decode("utf-8")
+    except OSError as error:
+        raise LogError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise LogError(f"{path}: not text (byte {error.start} is not UTF-8): is it a log?") from error
+    if "\0" in text:
+        raise LogError(f"{path}: not text (a zero byte at {text.index(chr(0))}): is it a log?")
+    separators = list(SEPARATOR.finditer(text))
+    source = text[: separators[0].start()] if separators else ""
+    environment = text[separators[0].end() : separators[-1].start()] if len(separators) > 1 else ""
+    begin = separators[-1].end() if separators else 0
+    events, notes = [], []
+    for number, line in enumerate(text[begin:].split("\n"), start=text.count("\n", 0, begin) + 1):
+        if EVENT.match(line):
+            try:
+                events.append(parse_event(line, number))
+            except ValueError as error:
+                raise LogError(f"{path}, line {number}: {error}: {line.strip()[:120]!r}") from None
+        elif line.strip():
+            notes.append(line.strip())
+    settings = dict(match.groups() for match in re.finditer(r"^(\w[\w.]*): (.*?)\s*$", environment, re.MULTILINE))
+    return Log(path, source if source.strip() else None, environment, settings, events, notes)
+
+
+def parse_event(line: str, number: int) -> Event:
+    """One event line. Raises ValueError, saying what does not parse."""
+    values: dict[str, str] = {}
+    for word in line.split():
+        key, colon, value = word.partition(":")
+        if not colon or not value:
+            raise ValueError(f"expected key:value, found {word!r}")
+        if key in values:
+            raise ValueError(f"{key} stands there twice")
+        values[key] = value
+    step = STEP.fullmatch(values.get("step", values.get("s", "")))
+    if not step:
+        raise ValueError("the step is not a number, or number/total")
+    return Event(
+        line=number,
+        step=int(step[1]),
+        total=int(step[2]) if step[2] else None,
+        seconds=parse_time(values, "train_time"),
+        average=parse_time(values, "step_avg"),
+        val_loss=parse_loss(values, VAL_LOSS),
+        train_loss=parse_loss(values, TRAIN_LOSS),
+    )
+
+
+def parse_time(values: dict[str, str], key: str) -> float | None:
+    """Seconds; a bare number is milliseconds."""
+    if key not in values:
+        return None
+    match = TIME.fullmatch(values[key])
+    if not match:
+        raise ValueError(f"{key} is not a time such as 12345ms")
+    return float(match[1]) * (1 if match[2] == "s" else 1e-3)
+
+
+def parse_loss(values: dict[str, str], spellings: tuple[str, ...]) -> float | None:
+    for key in spellings:
+        if key in values:
+            try:
+                return float(values[key])
+            except ValueError:
+                raise ValueError(f"{key} is not a number") from None
+    return None
+
+
+def finite(events: list[Event], name: str) -> list[tuple[Event, float]]:
+    """(event, loss) of all events whose "val_loss" or "train_loss" is a finite number."""
+    pairs = [(event, getattr(event, name)) for event in events]
+    return [(event, loss) for event, loss in pairs if loss is not None and math.isfinite(loss)]
+
+
+def parse_source(log: Log) -> ast.Module:
+    """The syntax tree of the log's program. Raises LogError where there is none."""
+    if log.source is None:
+        raise LogError(f"{log.path}: does not begin with the text of the program that wrote it")
+    try:
+        return ast.parse(log.source)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise LogError(f"{log.path}: the source at its top is not Python ({error})") from None
