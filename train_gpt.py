@@ -15,6 +15,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import functools
+import json
 import math
 import os
 import platform
@@ -85,6 +86,12 @@ class ModelConfig:
     """Pairs (from, to): the output of layer `from` is added, gated, to the input of layer `to`."""
     backout_layer: int
     """The output of this layer is subtracted, scaled, before the head."""
+    smear: bool = True
+    """Add, gated, the embedding of the token before to each embedding."""
+    attention_gates: bool = True
+    """Multiply the output of each head by a gate."""
+    key_offset: bool = True
+    """In layers with the long window, half of each key comes from the token before."""
     second_embed: bool = False
     """Mix a second embedding of the token into every layer, beside x0."""
     gate_dim: int = 12
@@ -147,8 +154,8 @@ class Layer:
 class Rule:
     """How one parameter is updated and communicated."""
 
-    kind: Literal["adam", "normuon"]
-    """normuon: for banks of matrices; adam: for everything else."""
+    kind: Literal["adam", "normuon", "muon"]
+    """normuon: for banks of matrices, muon: without its second moment; adam: for everything else."""
     sharded: bool
     """Sharded: reduce-scatter, update of the rank's part, all-gather. Else: all-reduce, full update on every rank."""
     lr_mul: tuple[float, ...] = (1.0,)
@@ -196,6 +203,10 @@ class OptimizerConfig:
     """Cautious weight decay of NorMuon."""
     muon_beta2: float = 0.95
     """Of the running mean square by which NorMuon divides the rows of an orthogonalized update."""
+    polar_express_rounds: Literal[1, 2, 3, 4, 5] = 5
+    """Rounds of the orthogonalization."""
+    cautious: bool = True
+    """Decay a weight only where the update shrinks it anyway."""
     rules: Rules = field(default_factory=Rules)
 
 
@@ -943,11 +954,11 @@ POLAR_EXPRESS = (
 )
 
 
-def polar_express(G: Tensor, fused: bool = False) -> Tensor:
+def polar_express(G: Tensor, fused: bool = False, rounds: int = 5) -> Tensor:
     """Nearest semi-orthogonal matrix U V^T of each matrix of G (n, r, c), approximately; in the dtype of G."""
     X = G.mT if G.size(-2) > G.size(-1) else G  # the Gram matrix on the shorter side
     X = (X / (X.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)).contiguous()
-    for a, b, c in POLAR_EXPRESS:
+    for a, b, c in POLAR_EXPRESS[:rounds]:
         X = torch.baddbmm(X, quadratic(symmetric_product(X, fused), b, c, fused), X, beta=a)
     return X.mT if G.size(-2) > G.size(-1) else X
 
@@ -981,12 +992,14 @@ def normuon_update(
     low: Tensor | None,  # (n, r, c) int16, the lower halves
     grad: Tensor,  # (n, r, c)
     momentum: Tensor,  # (n, r, c) first moment
-    mean_square: Tensor,  # (n, r, 1), or (n, 1, c) where r < c: second moment
+    mean_square: Tensor | None,  # (n, r, 1), or (n, 1, c) where r < c: second moment; None: Muon without it
     lr_mul: Tensor,  # (n, 1, 1) multiplier of each matrix
     mu: float | Tensor,
     lr: float | Tensor,  # of this step
     decay: float,
     beta2: float,
+    rounds: int,  # of Polar Express
+    cautious: bool,
     fused: bool,
 ) -> None:
     """Nesterov momentum -> orthogonalize -> even out rows -> cautious decay and step; all in place."""
@@ -994,12 +1007,13 @@ def normuon_update(
     grad = grad.to(master.dtype)
     momentum.add_((grad - momentum) * (1 - mu))
     update = grad + (momentum - grad) * mu
-    update = polar_express(update.to(p.dtype), fused).to(master.dtype)
-    update = normalize_rows(update, mean_square, beta2)
+    update = polar_express(update.to(p.dtype), fused, rounds).to(master.dtype)
+    if mean_square is not None:
+        update = normalize_rows(update, mean_square, beta2)
     step = lr_mul * lr * math.sqrt(max(1, p.size(1) / p.size(2)))
     # Cautious decay (arXiv:2510.12402): only where the step shrinks the weight anyway.
-    decayed = master * (update * master >= 0) * (lr * decay)
-    store(master - (update + decayed) * step, p, low)
+    decayed = master * (update * master >= 0) if cautious else master
+    store(master - (update + decayed * (lr * decay)) * step, p, low)
 
 
 def adam_update(
@@ -1012,6 +1026,7 @@ def adam_update(
     decay: float | Tensor,
     betas: tuple[float, float],
     eps: float,
+    cautious: bool,
 ) -> None:
     """Adam with cautious decay, in place."""
     master = p if low is None else join_halves(p, low)
@@ -1019,7 +1034,8 @@ def adam_update(
     exp_avg.lerp_(grad, 1 - betas[0])
     exp_avg_sq.lerp_(grad.square(), 1 - betas[1])
     update = exp_avg / exp_avg_sq.sqrt().add_(eps) * step
-    store(master - (update + master * (update * master > 0) * decay), p, low)
+    decayed = master * (update * master > 0) if cautious else master
+    store(master - (update + decayed * decay), p, low)
 
 
 def store(master: Tensor, p: Tensor, low: Tensor | None) -> None:
@@ -1056,16 +1072,15 @@ class Optimizer:
             piece = self._piece(name, p)
             wide = torch.promote_types(p.dtype, torch.float32)
             zeros = lambda *shape, dtype=wide, p=p: torch.zeros(shape, dtype=dtype, device=p.device)
-            if rules[name].kind == "normuon":
+            if rules[name].kind != "adam":
                 n, r, c = piece.shape
                 first = runtime.rank * n if rules[name].sharded else 0
                 cycle = rules[name].lr_mul
                 lr_mul = torch.tensor([cycle[(first + i) % len(cycle)] for i in range(n)], dtype=wide)
                 self.lr_mul[name] = lr_mul.to(runtime.device).view(n, 1, 1)
-                self.state[name] = {
-                    "momentum": zeros(n, r, c),
-                    "mean_square": zeros(n, r, 1) if r >= c else zeros(n, 1, c),
-                }
+                self.state[name] = {"momentum": zeros(n, r, c)}
+                if rules[name].kind == "normuon":
+                    self.state[name]["mean_square"] = zeros(n, r, 1) if r >= c else zeros(n, 1, c)
             else:
                 self.state[name] = {"exp_avg": zeros(*piece.shape), "exp_avg_sq": zeros(*piece.shape)}
             if p.dtype == torch.bfloat16:
@@ -1083,7 +1098,7 @@ class Optimizer:
     def _piece(self, name: str, tensor: Tensor) -> Tensor:
         """The part of a parameter-shaped tensor that this rank updates, as a view: whole matrices, or flat memory."""
         world, rank = (self.runtime.world_size, self.runtime.rank) if self.rules[name].sharded else (1, 0)
-        if self.rules[name].kind == "normuon":
+        if self.rules[name].kind != "adam":
             return tensor.unflatten(0, (world, -1))[rank]
         return tensor.view(world, -1)[rank]
 
@@ -1093,7 +1108,7 @@ class Optimizer:
 
     def _due(self, settings: Settings) -> list[str]:
         """Parameters that a step updates. Adam's wait for odd steps; while tied, embed only mirrors the head."""
-        due = self.order if settings.adam_steps else [n for n in self.order if self.rules[n].kind == "normuon"]
+        due = self.order if settings.adam_steps else [n for n in self.order if self.rules[n].kind != "adam"]
         return [name for name in due if not (settings.tied and name == "embed")]
 
     def _gradient_arrived(self, name: str, _: Tensor) -> None:
@@ -1134,7 +1149,7 @@ class Optimizer:
             if work is not None:
                 work.wait()
             piece = self._piece(name, p[name].data)
-            update = self._update_matrices if self.rules[name].kind == "normuon" else self._update_flat
+            update = self._update_flat if self.rules[name].kind == "adam" else self._update_matrices
             update(name, piece, grad, settings)
             p[name].grad = None
             if self.rules[name].sharded and self.runtime.world_size > 1:
@@ -1153,12 +1168,14 @@ class Optimizer:
             state.get("low"),
             grad,
             state["momentum"],
-            state["mean_square"],
+            state.get("mean_square"),
             self.lr_mul[name],
             self._number(settings.momentum),
             self._number(config.muon_lr * settings.lr),
             config.muon_decay * self.rules[name].wd_mul,
             config.muon_beta2,
+            config.polar_express_rounds,
+            config.cautious,
             self.runtime.fused,
         )
 
@@ -1177,6 +1194,7 @@ class Optimizer:
             self._number(lr**2 * self.config.adam_decay * rule.wd_mul),
             rule.betas,
             rule.eps,
+            self.config.cautious,
         )
 
     def _number(self, value: float) -> float | Tensor:
@@ -1247,18 +1265,19 @@ class GPT(nn.Module):
             "attn_bank": attn_bank,
             "mlp_bank": mlp_bank,
             "value_embeds": torch.zeros(num_tables, V, d),
-            "attn_gates": torch.zeros(num_attention, H, gate),
+            "attn_gates": torch.zeros(num_attention if config.attention_gates else 0, H, gate),
             "value_gates": torch.zeros(num_values, H, gate),
-            "smear_gate": torch.zeros(gate),
+            "smear_gate": torch.zeros(gate if config.smear else 0),
             "skip_gate": torch.zeros(num_skips, gate),
         }
         scalars = {
             "resid_lambda": torch.full((L,), config.resid_lambda),
             "sa_lambda": torch.tensor([0.5, 1.0]).repeat(L if num_attention else 0, 1),  # of qkv and of the output
             "x0_lambda": torch.zeros(L),
-            "smear_lambda": torch.zeros(()),
             "skip_lambda": torch.full((num_skips,), -1.5),
         }
+        if config.smear:
+            scalars["smear_lambda"] = torch.zeros(())
         if config.backout_layer < L:
             scalars["backout_lambda"] = torch.full((), 0.5)
         if config.second_embed:
@@ -1325,8 +1344,9 @@ class GPT(nn.Module):
         resid_lambda, x0_lambda = self.resid_lambda.unbind(), self.x0_lambda.unbind()
 
         e = F.embedding(tokens, self.embed)
-        smear = self.smear_lambda * torch.sigmoid(e[1:, :g] @ self.smear_gate)
-        e = torch.cat((e[:1], e[1:] + smear[:, None] * e[:-1]))
+        if c.smear:
+            smear = self.smear_lambda * torch.sigmoid(e[1:, :g] @ self.smear_gate)
+            e = torch.cat((e[:1], e[1:] + smear[:, None] * e[:-1]))
         x = x0 = norm(e)
         x02 = norm(F.embedding(tokens, self.embed2)) if c.second_embed else None
         outputs: dict[int, Tensor] = {}
@@ -1349,7 +1369,8 @@ class GPT(nn.Module):
                 else:
                     ve = None
                 y = self.attend(layer, qkv, ve, cu_seqlens, max_seqlen, windows, tables, attn_scale)
-                y = y * torch.sigmoid(F.linear(h[:, :g], self.attn_gates[layer.attention]))[..., None]
+                if c.attention_gates:
+                    y = y * torch.sigmoid(F.linear(h[:, :g], self.attn_gates[layer.attention]))[..., None]
                 x = x + F.linear(y.flatten(1), sa_o * w_o[0])
             x = x + relu_squared_mlp(norm(x), mlp_bank[2 * i], mlp_bank[2 * i + 1], self.runtime.fused)
             if layer.kept:
@@ -1376,7 +1397,9 @@ class GPT(nn.Module):
         cos, sin = (table[: G * T].view(T, 1, G, 1, D) for table in tables)
         q, k = rotate(norm(qkv[:, :2]).view(T, 2, G, H // G, D), cos, sin).unbind(1)
         v = qkv[:, 2] if ve is None else qkv[:, 2] + ve
-        if layer.long:  # partial key offset: the stationary dims of a key come from the token before
+        if (
+            layer.long and self.config.key_offset
+        ):  # partial key offset: the stationary dims of a key come from the token before
             k = torch.cat((k[..., : D // 2], torch.cat((k[:1, ..., D // 2 :], k[:-1, ..., D // 2 :]))), dim=-1)
         q, k, v = (x.reshape(G * T, H // G, D) for x in (q, k, v))
         window = windows[1] if layer.long else windows[0]
@@ -1657,6 +1680,8 @@ class Options:
     """Folder of the shards. Default: data/<dataset> beside this file."""
     log_dir: Path = Path("logs")
     """Folder of the logs."""
+    tensorboard: bool = False
+    """Write TensorBoard's files beside the log as well."""
     val_every: int | None = None
     """Steps between validations, 0: only at the end. Default: that of the track."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -1862,12 +1887,23 @@ class Clock:
 
 
 class RunLog:
-    """logs/<run_id>.txt, written by rank 0 alone: source, environment and settings, then one line per event."""
+    """logs/<run_id>.txt, written by rank 0 alone: source, environment and settings, then one line per event.
+
+    Beside it <run_id>.jsonl has the same events with more numbers, a JSON object per line, for other tools, and
+    TensorBoard's folder <run_id> where that is asked for.
+    """
 
     def __init__(
-        self, name: str, total_steps: int, source: str, settings: dict[str, object], log_dir: Path, runtime: Runtime
+        self,
+        name: str,
+        total_steps: int,
+        source: str,
+        settings: dict[str, object],
+        log_dir: Path,
+        runtime: Runtime,
+        tensorboard: bool = False,
     ):
-        self.file, self.total_steps = None, total_steps
+        self.file, self.board, self.total_steps = None, None, total_steps
         self.run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{name}-{secrets.token_hex(3)}"
         self.path = log_dir / f"{self.run_id}.txt"
         if runtime.rank != 0:
@@ -1875,9 +1911,12 @@ class RunLog:
             return
         try:
             log_dir.mkdir(parents=True, exist_ok=True)
-            self.file = open(self.path, "x", encoding="utf-8", buffering=1)  # noqa: SIM115 - open for the whole run
+            self.file = open(self.path, "x", encoding="utf-8", buffering=1)  # noqa: SIM115
+            self.metrics = open(self.path.with_suffix(".jsonl"), "x", encoding="utf-8", buffering=1)  # noqa: SIM115
         except OSError as error:
             raise SpeedrunError(f"{self.path}: cannot write the log ({error.strerror}); see --log-dir.") from error
+        if tensorboard:
+            self.board = tensorboard_writer(log_dir / self.run_id)
         if os.environ.get("TRAIN_GPT_LOG_PATH_FILE"):
             Path(os.environ["TRAIN_GPT_LOG_PATH_FILE"]).write_text(str(self.path))
         self.write(source)
@@ -1890,13 +1929,27 @@ class RunLog:
         if self.file is not None:
             self.file.write(line + "\n")
 
-    def step(self, step: int, seconds: float, **losses: float) -> str:
-        """Write `step:S/N [val_loss:X] train_time:Tms step_avg:Ams` and return it."""
+    def step(self, step: int, seconds: float, metrics: dict[str, float] | None = None, **losses: float) -> str:
+        """Write `step:S/N [val_loss:X] train_time:Tms step_avg:Ams` and return it; `metrics` go to other tools only."""
         values = "".join(f"{key}:{value:.4f} " for key, value in losses.items())
         average = 1000 * seconds / max(step, 1)
         line = f"step:{step}/{self.total_steps} {values}train_time:{1000 * seconds:.0f}ms step_avg:{average:.2f}ms"
         self.write(line)
+        if self.file is not None:
+            numbers = losses | {"train_time": round(seconds, 6)} | (metrics or {})
+            self.metrics.write(json.dumps({"step": step} | numbers) + "\n")
+            for key, value in numbers.items() if self.board else ():
+                self.board.add_scalar(key, value, step)
         return line
+
+
+def tensorboard_writer(folder: Path):
+    """TensorBoard's writer into a folder. Raises SpeedrunError where TensorBoard is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise SpeedrunError("--tensorboard needs a package: pip install tensorboard") from error
+    return SummaryWriter(str(folder))
 
 
 def flatten(value: object, prefix: str = "") -> dict[str, object]:
@@ -2019,8 +2072,8 @@ def train(track: Track, options: Options, runtime: Runtime) -> float:
     stop = total_steps if options.max_steps is None else min(options.max_steps, total_steps)
     check(track, data_dir, runtime, stop)
     trainer = Trainer(track, runtime, data_dir, options.seed)
-    source, settings = Path(__file__).read_text(encoding="utf-8"), flatten(track) | flatten(options)
-    log = RunLog(track.name, total_steps, source, settings, options.log_dir, runtime)
+    source, header = Path(__file__).read_text(encoding="utf-8"), flatten(track) | flatten(options)
+    log = RunLog(track.name, total_steps, source, header, options.log_dir, runtime, options.tensorboard)
     say = tqdm.write if runtime.rank == 0 else lambda line: None
     say(
         f"{track.name}: {sum(p.numel() for p in trainer.params.values()):,} parameters on {runtime.world_size} x "
@@ -2039,21 +2092,23 @@ def train(track: Track, options: Options, runtime: Runtime) -> float:
             if step == stop or (track.schedule.val_every and step % track.schedule.val_every == 0):
                 clock.stop()
                 val_loss = trainer.validate(track.validation_at(step))
-                say(log.step(step, clock.elapsed, val_loss=val_loss))
+                say(log.step(step, clock.elapsed, {"tokens": tokens_seen}, val_loss=val_loss))
                 require_finite("validation", val_loss, step, log)
                 if step == stop:
                     break
                 clock.start()
             losses.append(trainer.train_step(step))
-            tokens_seen += track.at(step).stage.tokens
+            settings = track.at(step)
+            tokens_seen += settings.stage.tokens
             seconds = clock.read()
-            log.step(step + 1, seconds)
+            metrics = {"tokens": tokens_seen, "lr": settings.lr, "momentum": settings.momentum}
+            log.step(step + 1, seconds, metrics)
             bar.update()
             if len(losses) == LOSS_EVERY or step + 1 == stop:
                 train_loss = runtime.sum(torch.stack(losses).mean()).item()
                 losses.clear()
                 require_finite("training", train_loss, step + 1, log)
-                line = log.step(step + 1, seconds, train_loss=train_loss)
+                line = log.step(step + 1, seconds, metrics, train_loss=train_loss)
                 bar.set_postfix_str(f"loss {train_loss:.4f}, {tokens_seen / clock.read():,.0f} tokens/s")
                 if bar.disable and (step + 1) % (10 * LOSS_EVERY) == 0:
                     say(line)  # where no bar can be drawn

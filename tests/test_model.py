@@ -177,6 +177,32 @@ def test_model_equals_naive_reference(name, row_name):
         assert error(p.grad, oracle[n].grad) < 2e-3, n
 
 
+@pytest.mark.parametrize("switch", ["smear", "attention_gates", "key_offset"])
+def test_a_technique_that_is_switched_off_is_one_that_does_nothing(switch):
+    """Against the full model, whose naive reference stands above, with the technique's weights set to no effect.
+
+    Catches: a switch that switches nothing or something else. Smear: lambda 0. Gates: zero weights, which halve the
+    output of each head. Key offset: short layers have none, so all layers are short, with equal windows.
+    """
+    config, windows = MEDLEY, (20, 20)
+    full = random_model(replace(config, long_layers=()) if switch == "key_offset" else config)
+    off = GPT(replace(config, **{switch: False}), cpu(torch.float64))
+    with torch.no_grad():
+        if switch == "smear":
+            full.smear_lambda.zero_()
+        if switch == "attention_gates":
+            full.attn_gates.zero_()
+        for name, p in off.named_parameters():
+            p.copy_(full.get_parameter(name))
+        if switch == "attention_gates":
+            off.sa_lambda[:, 1] *= 0.5
+    row, at = make_row(67, [0, 30], config.vocab_size), step_settings(windows, config.head_dim)
+    assert error(off.logits(row, at), full.logits(row, at)) < 1e-12
+    assert error(off.logits(row, at), random_model(config).logits(row, at)) > 1e-4
+    gone = {"smear": {"smear_gate", "smear_lambda"}, "attention_gates": {"attn_gates"}, "key_offset": set()}[switch]
+    assert {n for n, _ in full.named_parameters()} - {n for n, _ in off.named_parameters()} == gone
+
+
 def test_reference_and_model_agree_on_the_layout_of_small():
     assert layout_of(SMALL.model) == reference.SMALL
 

@@ -101,6 +101,18 @@ def test_polar_express_of_zero_is_zero(dtype):
     assert torch.isfinite(out).all() and (out[0] == 0).all() and (out[2] == 0).all() and (out[1] != 0).any()
 
 
+@pytest.mark.parametrize("rounds", [1, 3, 5])
+def test_fewer_rounds_are_the_first_polynomials(rounds):
+    """Catches: rounds counted wrongly, or the last polynomials instead of the first."""
+    G = with_spectrum(12, 8, 1.0, seed=0)
+    U, s, Vt = np.linalg.svd(G, full_matrices=False)
+    s = s / (1.02 * np.sqrt((G**2).sum()) + 1e-6)
+    for a, b, c in QUINTICS[:rounds]:
+        s = a * s + b * s**3 + c * s**5
+    out = polar_express(torch.from_numpy(G)[None], rounds=rounds)[0].numpy()
+    np.testing.assert_allclose(out, (U * s) @ Vt, rtol=1e-9, atol=1e-10)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Update rules, one matrix or number at a time, in float64
 # ----------------------------------------------------------------------------------------------------------------------
@@ -230,6 +242,42 @@ def test_adam_matches_the_plain_formula_and_sums_two_gradients():
         np.testing.assert_allclose(params["numbers"].detach().numpy(), plain.p, rtol=1e-11, atol=1e-13)
         assert params["numbers"].grad is None
     assert (params["numbers"].detach().numpy()[:, 0] == start[:, 0]).all()
+
+
+def test_without_caution_adam_is_adamw():
+    """Against torch's AdamW, whose decay takes lr * decay of every weight; ours takes lr^2 * decay * wd_mul."""
+    config = replace(FREE, cautious=False)
+    rng = np.random.default_rng(5)
+    optimizer, params = optimizer_of(torch.float64, config, numbers=rng.standard_normal((5, 7)))
+    lr = config.adam_lr * 5
+    twin = nn.Parameter(params["numbers"].detach().clone())
+    oracle = torch.optim.AdamW([twin], lr=lr, betas=(0.65, 0.95), eps=0, weight_decay=lr * config.adam_decay * 3)
+    for step in range(1, 12, 2):
+        grad = rng.standard_normal((5, 7))
+        add_gradient(params["numbers"], grad)
+        add_gradient(twin, grad)
+        optimizer.step(settings_of(step))
+        oracle.step()
+        oracle.zero_grad()
+        torch.testing.assert_close(params["numbers"].detach(), twin.detach(), rtol=1e-9, atol=1e-9)
+
+
+def test_without_second_moment_and_caution_normuon_is_muon():
+    """Against Muon's formula: Nesterov momentum, orthogonal update, decay of every weight."""
+    config = replace(FREE, cautious=False, rules=FreeRules(bank=Rule("muon", sharded=True)))
+    rng = np.random.default_rng(6)
+    p = rng.standard_normal((12, 8))
+    optimizer, params = optimizer_of(torch.float64, config, bank=p[None])
+    buffer = np.zeros_like(p)
+    for step in range(6):
+        grad = rng.standard_normal(p.shape)
+        add_gradient(params["bank"], grad[None])
+        optimizer.step(settings_of(step, momentum=0.9))
+        buffer = 0.9 * buffer + 0.1 * grad
+        lr = 0.023 * math.sqrt(12 / 8)
+        p = p * (1 - lr * 0.023 * 1.2) - lr * quintics_of_singular_values(0.1 * grad + 0.9 * buffer)
+        np.testing.assert_allclose(params["bank"][0].detach().numpy(), p, rtol=1e-9, atol=1e-11)
+    assert optimizer.state["bank"].keys() == {"momentum"}
 
 
 def test_head_and_embed_are_one_until_they_untie_and_go_on_with_the_heads_state():
@@ -399,7 +447,7 @@ def test_normuon_on_two_halves_equals_normuon_on_float32_bit_for_bit(monkeypatch
     """Catches: momentum, evening out or decay that goes through bfloat16. Polar Express does, by the SPEC: here it does
     so for the float32 parameter too."""
     original = train_gpt.polar_express
-    monkeypatch.setattr(train_gpt, "polar_express", lambda G, fused: original(G.bfloat16()))
+    monkeypatch.setattr(train_gpt, "polar_express", lambda G, fused, rounds: original(G.bfloat16(), rounds=rounds))
     check_bit_for_bit("bank", (4, 16, 8), steps=20)
 
 

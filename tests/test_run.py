@@ -1,5 +1,6 @@
 """The run: warm-up, clock, log, validation, errors, as SPEC section 6 and the command line promise them."""
 
+import json
 import re
 import shutil
 import sys
@@ -184,6 +185,48 @@ def test_every_line_of_a_step_parses_and_adds_up(whole_log):
     assert times == sorted(times)
     plain = [int(line["step"]) for line in lines if not line["kind"]]
     assert plain == list(range(1, 21))
+
+
+def test_the_metrics_are_the_events_of_the_log_as_json(tiny_data, tmp_path):
+    """Catches: events that miss in one of the two files, tokens or a learning rate of another step."""
+    track = few_rows(val_every=8)
+    log = run(track, tmp_path, tiny_data, seed=11)
+    (path,) = tmp_path.glob("*.jsonl")
+    events = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(events) == len(lines_of(log))
+    for event, line in zip(events, lines_of(log), strict=True):
+        assert event["step"] == int(line["step"]) and round(1000 * event["train_time"]) == int(line["ms"])
+        assert event["tokens"] == sum(track.at(step).stage.tokens for step in range(event["step"]))
+        if line["kind"]:
+            assert event[line["kind"]] == pytest.approx(float(line["loss"]), abs=6e-5)
+        if line["kind"] != "val_loss":
+            at = track.at(event["step"] - 1)
+            assert (event["lr"], event["momentum"]) == (at.lr, at.momentum)
+
+
+def test_tensorboard_gets_the_same_numbers(tiny_data, tmp_path, monkeypatch):
+    """With a stand-in for the package, which the requirements leave out; without it the option says what to install."""
+    scalars = {}
+
+    class SummaryWriter:
+        def __init__(self, folder: str):
+            scalars["folder"] = Path(folder)
+
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            scalars[name, step] = value
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=SummaryWriter))
+    run(few_rows(), tmp_path, tiny_data, tensorboard=True)
+    (log,) = tmp_path.glob("*.txt")
+    assert scalars["folder"] == log.with_suffix("")
+    events = [json.loads(line) for line in log.with_suffix(".jsonl").read_text().splitlines()]
+    for event in events:
+        for key in event.keys() - {"step", "train_time"}:
+            assert scalars[key, event["step"]] == event[key]
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(train_gpt.SpeedrunError, match="pip install tensorboard"):
+        run(few_rows(), tmp_path, tiny_data, tensorboard=True)
 
 
 def test_validation_comes_every_so_many_steps_and_at_the_end(whole_log, tiny_data, tmp_path):
