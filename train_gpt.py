@@ -517,16 +517,35 @@ def block_local_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, s
     mask = (key >= first_key) & (key <= position.view(num_blocks, block, 1))
 
     queries = F.pad(q, (0, 0, 0, 0, 0, end)).unflatten(0, (num_blocks, block)).transpose(1, 2)
-    keys, values = (F.pad(x, (0, 0, 0, 0, back, end)).unfold(0, back + block, block).mT for x in (k, v))
+    keys, values = (OverlappingBlocks.apply(x, block, back, end).mT for x in (k, v))
     out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask[:, None], scale=scale)
     return out.transpose(1, 2).flatten(0, 1)[:T]  # from (num_blocks, heads, block, D)
 
 
+class OverlappingBlocks(torch.autograd.Function):
+    """Blocks of keys with the `back` keys before each: (T, heads, D) -> a view (num_blocks, heads, D, back + block).
+
+    The backward pass of unfold itself adds element by element, which took a seventh of a step of `nano`.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, block: int, back: int, end: int) -> Tensor:
+        ctx.block, ctx.back, ctx.size = block, back, len(x)
+        return F.pad(x, (0, 0, 0, 0, back, end)).unfold(0, back + block, block)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        grad = grad.permute(0, 3, 1, 2)  # (num_blocks, back + block, heads, D)
+        num_blocks = len(grad)
+        total = grad.new_zeros(num_blocks + ctx.back // ctx.block, ctx.block, *grad.shape[2:])
+        for i, part in enumerate(grad.split(ctx.block, dim=1)):
+            total[i : i + num_blocks] += part
+        return total.flatten(0, 1)[ctx.back : ctx.back + ctx.size], None, None, None
+
+
 def relu_squared_mlp(h: Tensor, fc: Tensor, proj: Tensor, fused: bool = False) -> Tensor:
     """relu(h fc^T)^2 proj (ReLU^2, arXiv:2109.08668). h (T, d); fc, proj (4d, d)."""
-    if fused:
-        return torch.ops.speedrun.relu_squared_mlp(h, fc, proj)[0]
-    return F.relu(F.linear(h, fc)).square() @ proj
+    return torch.ops.speedrun.relu_squared_mlp(h, fc, proj, fused)[0]
 
 
 def softcapped(logits: Tensor) -> Tensor:
@@ -769,29 +788,41 @@ def multiprocessors(device: torch.device) -> int:
     return 3 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
 
 
-@operator("relu_squared_mlp", fake=lambda h, fc, proj: (torch.empty_like(h), h.new_empty(h.size(0), fc.size(0))))
-def _mlp_op(h: Tensor, fc: Tensor, proj: Tensor) -> tuple[Tensor, Tensor]:
-    post = _launch_linear_relu_square(h, fc, None)
-    return post @ proj, post
+@operator("relu_squared_mlp", fake=lambda h, fc, proj, fused: (torch.empty_like(h), h.new_empty(h.size(0), fc.size(0))))
+def _mlp_op(h: Tensor, fc: Tensor, proj: Tensor, fused: bool) -> tuple[Tensor, Tensor]:
+    if fused:
+        post = _launch_linear_relu_square(h, fc, None)
+        return post @ proj, post
+    relu = F.linear(h, fc).relu_()
+    return relu.square() @ proj, relu
 
 
 @operator(
     "relu_squared_mlp_backward",
-    fake=lambda grad, h, fc, proj, post: tuple(torch.empty_like(x) for x in (h, fc, proj)),
+    fake=lambda grad, h, fc, proj, kept, fused: tuple(torch.empty_like(x) for x in (h, fc, proj)),
 )
-def _mlp_backward_op(grad: Tensor, h: Tensor, fc: Tensor, proj: Tensor, post: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _mlp_backward_op(
+    grad: Tensor,  # (T, d)
+    h: Tensor,  # (T, d)
+    fc: Tensor,  # (4d, d)
+    proj: Tensor,  # (4d, d)
+    kept: Tensor,  # (T, 4d) what forward kept: relu(h fc^T)^2 if fused (its kernel takes the root again), else the root
+    fused: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     grad = grad.contiguous()
-    pre_grad = _launch_linear_relu_square(grad, proj, post)
+    pre_grad = _launch_linear_relu_square(grad, proj, kept) if fused else F.linear(2 * grad, proj).mul_(kept)
+    post = kept if fused else kept.square()
     return pre_grad @ fc, pre_grad.T @ h, post.T @ grad
 
 
 def _mlp_setup_context(ctx, inputs: tuple, output: tuple) -> None:
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs, output[1])
+    *saved, ctx.fused = inputs
+    ctx.save_for_backward(*saved, output[1])
 
 
-def _mlp_backward(ctx, grad: Tensor, _: None) -> tuple[Tensor, ...]:
-    return torch.ops.speedrun.relu_squared_mlp_backward(grad, *ctx.saved_tensors)
+def _mlp_backward(ctx, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
+    return *torch.ops.speedrun.relu_squared_mlp_backward(grad, *ctx.saved_tensors, ctx.fused), None
 
 
 torch.library.register_autograd("speedrun::relu_squared_mlp", _mlp_backward, setup_context=_mlp_setup_context)

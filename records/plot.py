@@ -1,155 +1,416 @@
-"""Draws the loss curves of run logs: loss over steps and over training time.
+"""Draws the loss curves of run logs over steps, training tokens and training time, and the history of public records.
 
-    python records/plot.py LOG…               # one PNG beside each log, of the same name
-    python records/plot.py LOG… --out PNG     # all logs in one picture
+    python records/plot.py LOG…                                      # one PNG beside each log, of the same name
+    python records/plot.py LOG… --out PNG                            # all logs in one picture
+    python records/plot.py --set NAME LOG… --set NAME LOG… --out PNG # seeds: mean and range of each set in one picture
+    python records/plot.py --history [--out PNG]                     # records/history.csv as records/history.png
 
-A log is the source text, a line of 100 `=`, the environment with the resolved settings, again `=`, then lines such as
-`step:250/1765 val_loss:4.1234 train_time:12345ms step_avg:49.38ms`. Lines of any other form are passed over.
+A LOG may be a folder: all *.txt in it. runlogs.py says which forms of log are read; losses that are not finite are left
+out. The same input gives the same bytes.
 """
 
-import argparse
-import math
-import re
-import sys
-from dataclasses import dataclass, field
-from pathlib import Path
+from __future__ import annotations
 
-SEPARATOR = re.compile(r"^={100}\s*$", re.MULTILINE)
-STEP_LINE = re.compile(
-    r"^\s*step:(?P<step>\d+)/(?P<steps>\d+)\s+(?P<kind>train|val)_loss:(?P<loss>\S+).*?\btrain_time:(?P<ms>[\d.]+)ms",
-    re.MULTILINE,
-)
-TARGET = re.compile(r"\btarget_loss['\"]?\s*[:=]\s*(?P<loss>\d+(?:\.\d+)?)")
+import argparse
+import csv
+import math
+import statistics
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import date
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from runlogs import Event, Log, LogError, finite, parse_log
+
+if TYPE_CHECKING:  # else imported where it is used: a message about a bad log need not wait for it
+    import numpy as np
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.text import Annotation
+    from matplotlib.transforms import Bbox
+
+HISTORY = Path(__file__).resolve().parent / "history.csv"
+AXES = {"step": "step", "tokens": "training tokens", "seconds": "training time (s)"}
+SMOOTHING = 5  # training losses per running mean in a set; a step's batch is small, so single ones are noisy
+LEAP = 1.1  # a record that divides the time by this or more is named in the history
+TICKS = (30, 60, 100, 180, 300, 600, 1200, 2700, 5400, 10800, 21600, 43200)  # seconds
 
 # Okabe & Ito's palette, which the colour-blind can tell apart, without its yellow: too pale for a line on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 
-
-class LogError(Exception):
-    """A log cannot be drawn; the message says why, in words for the user."""
+Curve = tuple[list[int], list[float], list[float]]  # steps, ascending; their places on an axis; the losses there
 
 
 @dataclass(frozen=True)
-class Point:
-    step: int
-    seconds: float  # training time on the run's clock
-    loss: float
+class RunSet:
+    """Runs that share a colour."""
+
+    name: str
+    logs: list[Log]
+    smoothing: int = 1  # training losses per running mean
+
+    def finals(self) -> list[tuple[Log, Event]]:
+        """The last validation of each run that has one at its last step."""
+        return [(log, event) for log, event in self.last_validations() if event.total in (None, event.step)]
+
+    def last_validations(self) -> list[tuple[Log, Event]]:
+        return [(log, event) for log in self.logs for event, _ in finite(log.events, "val_loss")[-1:]]
+
+    def drawn(self) -> list[Log]:
+        """The finished runs; all where none is. A run that ends early would bend the mean of the others."""
+        return [log for log, _ in self.finals()] or self.logs
+
+    def label(self) -> str:
+        """For the legend, such as "nano: 1.0763 ± 0.0042 (n=10), 91.2 s"; ± is the standard deviation of the runs."""
+        finals = [event for _, event in self.finals()]
+        if not finals:
+            last = [event for _, event in self.last_validations()]
+            if len(self.logs) == len(last) == 1:
+                return f"{self.name}: {last[0].val_loss:.4f} at step {last[0].step:,} of {last[0].total:,}"
+            return f"{self.name}: no final validation"
+        text = f"{self.name}: {statistics.fmean(event.val_loss for event in finals):.4f}"
+        if len(finals) > 1:
+            text += f" ± {statistics.stdev(event.val_loss for event in finals):.4f} (n={len(finals)})"
+        seconds = [event.seconds for event in finals if event.seconds is not None and math.isfinite(event.seconds)]
+        text += f", {statistics.fmean(seconds):,.1f} s" if seconds else ""
+        missing = len(self.logs) - len(finals)
+        return text + (f"; {missing} unfinished left out" if missing else "")
 
 
-@dataclass(frozen=True)
-class Log:
-    """The loss curves of one run, in the order of the log."""
-
-    path: Path
-    train: list[Point] = field(default_factory=list)
-    val: list[Point] = field(default_factory=list)
-    steps: int | None = None  # the run's full length
-    target: float | None = None  # validation loss to reach, where the header gives one
+def position(log: Log, event: Event, axis: str) -> float | None:
+    """Where an event lies on an axis; None where the log does not say."""
+    value = {"step": event.step, "seconds": event.seconds}[axis] if axis != "tokens" else log.tokens_at(event.step)
+    return value if value is not None and math.isfinite(value) else None
 
 
-def parse_log(path: str | Path) -> Log:
-    """Reads the loss lines of a log, and the target loss from its header. Losses that are not finite are left out.
+def curve(log: Log, kind: str, axis: str, smoothing: int = 1) -> Curve:
+    """The finite losses of one run, "train_loss" or "val_loss", by step, with their place on the axis."""
+    found = [(event.step, position(log, event, axis), loss) for event, loss in finite(log.events, kind)]
+    points = sorted(point for point in found if point[1] is not None)
+    steps, places, losses = ([point[i] for point in points] for i in range(3))
+    return steps, places, running_mean(losses, smoothing)
 
-    Raises LogError if the file cannot be read or has no loss line, OSError never.
+
+def running_mean(values: list[float], width: int) -> list[float]:
+    """Centred mean of `width` (odd) values; towards the ends of fewer, as many before as after, so it never lags."""
+    halves = [min(width // 2, i, len(values) - 1 - i) for i in range(len(values))]
+    return [statistics.fmean(values[i - half : i + half + 1]) for i, half in enumerate(halves)]
+
+
+def mean_and_range(curves: list[Curve]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """(place, mean, least, greatest loss) at each step, over the runs, from where the last begins to where one ends.
+
+    Each run is interpolated linearly between its steps; the place is the mean of the runs' (of their seconds, say).
     """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise LogError(f"cannot read {path}: {error.strerror}") from error
-    # The source text at the top could itself show log lines or settings: only what the run wrote counts.
-    *head, lines = SEPARATOR.split(text)
-    target = TARGET.search(head[-1]) if len(head) > 1 else None
-    points: dict[str, list[Point]] = {"train": [], "val": []}
-    steps = None
-    for match in STEP_LINE.finditer(lines):
-        try:
-            loss, seconds = float(match["loss"]), float(match["ms"]) / 1000
-        except ValueError:
-            continue
-        steps = int(match["steps"])
-        if math.isfinite(loss):
-            points[match["kind"]].append(Point(int(match["step"]), seconds, loss))
-    if not points["train"] and not points["val"]:
-        raise LogError(
-            f"{path} has no loss line such as 'step:250/1765 val_loss:4.1234 train_time:12345ms' after its last line "
-            "of 100 '=': did the run end before its first validation?"
-        )
-    return Log(path, points["train"], points["val"], steps, float(target["loss"]) if target else None)
+    import numpy as np
+
+    curves = [run for run in curves if run[0]]
+    if not curves:
+        return (np.array([]),) * 4
+    grid = np.unique(np.concatenate([steps for steps, _, _ in curves]))
+    grid = grid[(grid >= max(steps[0] for steps, _, _ in curves)) & (grid <= min(steps[-1] for steps, _, _ in curves))]
+    place = np.mean([np.interp(grid, steps, places) for steps, places, _ in curves], axis=0)
+    losses = np.array([np.interp(grid, steps, losses) for steps, _, losses in curves])
+    return place, losses.mean(0), losses.min(0), losses.max(0)
 
 
 def loss_range(logs: list[Log]) -> tuple[float, float]:
     """Limits of the loss axis; long runs lose the fall from ln(vocabulary), which would squeeze what follows."""
-    losses = sorted(point.loss for log in logs for point in log.train + log.val)
+    losses = sorted(loss for log in logs for kind in ("train_loss", "val_loss") for _, loss in finite(log.events, kind))
     low = min([losses[0]] + [log.target for log in logs if log.target is not None])
     high = losses[-1 - (3 * len(losses) // 100)]
     margin = 0.06 * max(high - low, 0.01 * abs(low), 1e-6)
     return low - margin, high + margin
 
 
-def draw(logs: list[Log], out: Path) -> None:
-    """Draws the curves of all logs into one PNG with two panels, over steps and over training seconds."""
-    # Without pyplot, whose import costs as much again as all the rest.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
+def axes_of(logs: list[Log]) -> list[str]:
+    """The axes on which every loss of every log has its place, or at least (time) one loss of each."""
 
-    figure = Figure(figsize=(10, 4), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(1, 2, sharey=True)
+    def has(log: Log, axis: str) -> bool:
+        places = [position(log, event, axis) is not None for event in log.train + log.val]
+        return all(places) if axis == "tokens" else any(places)
+
+    return [axis for axis in AXES if all(has(log, axis) for log in logs)]
+
+
+def draw_runs(sets: list[RunSet]) -> Figure:
+    """One panel per axis: training as lines, validation as points, each set in its colour, the target dashed."""
+    logs = [log for runs in sets for log in runs.drawn()]
+    axes = axes_of(logs)
+    figure = new_figure(10, 4.4, layout="constrained")
+    panels = figure.subplots(1, len(axes), sharey=True, squeeze=False)[0]
     panels[0].set_ylim(loss_range(logs))
     panels[0].set_ylabel("loss (nats per token)")
-    panels[0].set_xlabel("step")
-    panels[0].xaxis.set_major_locator(MaxNLocator(integer=True))
-    panels[1].set_xlabel("training time (s)")
-    for panel, axis in zip(panels, ("step", "seconds"), strict=True):
-        for i, log in enumerate(logs):
-            draw_log(panel, axis, log, None if len(logs) == 1 else COLOURS[i % len(COLOURS)])
+    for panel, axis in zip(panels, axes, strict=True):
+        for i, runs in enumerate(sets):
+            draw_set(panel, axis, runs, COLOURS[:2] if len(sets) == 1 else (COLOURS[i % len(COLOURS)],))
         for target in sorted({log.target for log in logs if log.target is not None}):
             panel.axhline(target, color="black", linestyle="--", linewidth=1, label=f"target {target:g}")
+        dress(panel)
         panel.set_xlim(left=0)
-        panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
-        panel.grid(color="0.9", linewidth=0.8)
-        panel.set_axisbelow(True)
-        panel.spines[["top", "right"]].set_visible(False)
-    panels[1].legend(frameon=False, loc="upper right")
-    if len(logs) == 1:
-        figure.suptitle(logs[0].path.stem, fontsize=10, color="0.3")
-    figure.savefig(out)
+        panel.set_xlabel(AXES[axis])
+        panel.xaxis.set_major_locator(ticker().MaxNLocator(5, integer=axis == "step"))
+        panel.xaxis.set_major_formatter(lambda value, _: number(value))
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=2, frameon=False)
+    if caption := describe(sets):
+        figure.supxlabel(caption, fontsize=8, color="0.4")
+    return figure
 
 
-def draw_log(panel, axis: str, log: Log, colour: str | None) -> None:
-    """Draws one log over "step" or "seconds": training as a line, validation as points with the last one's value.
+def describe(sets: list[RunSet]) -> str:
+    """What the lines, bands and dots of sets are."""
+    smoothing = max(runs.smoothing for runs in sets)
+    parts = [f"training loss: running mean of {smoothing} logged values"] if smoothing > 1 else []
+    if any(len(runs.drawn()) > 1 for runs in sets):
+        parts += ["mean and range of the runs at each step, placed at its mean time"]
+        parts += ["dots: final validations, ±: standard deviation"]
+    return "; ".join(parts)
 
-    In `colour`, with the value in the legend, where several logs share the panel; else in two colours.
+
+def draw_set(panel: Axes, axis: str, runs: RunSet, colours: tuple[str, ...]) -> None:
+    """Mean and range (least to greatest) of the training loss as line and band, of validations during the run dotted.
+
+    A single run has a point for each validation, several have one for each final one and a larger one for their mean.
+    With two colours, the second is for validation.
     """
-    train_colour, val_colour = (colour, colour) if colour else COLOURS[:2]
-    train_x, val_x = ([getattr(point, axis) for point in points] for points in (log.train, log.val))
-    train_y, val_y = ([point.loss for point in points] for points in (log.train, log.val))
-    final = f"{val_y[-1]:.4f}" if val_y else "no validation"
-    panel.plot(train_x, train_y, color=train_colour, linewidth=0.9, alpha=0.6, label=None if colour else "training")
-    label = f"{log.path.stem}: {final}" if colour else "validation"
-    panel.plot(val_x, val_y, "o:", color=val_colour, linewidth=1.2, markersize=4.5, label=label)
-    if val_y and not colour:
-        # Inside the panel: on the side of its middle, and clear of the noise of the training loss.
-        is_early, is_high = val_x[-1] < max(train_x + val_x) / 2, val_y[-1] > sum(panel.get_ylim()) / 2
-        offset = (3, -28 if is_high else 22)
-        text = panel.annotate(final, (val_x[-1], val_y[-1]), xytext=offset, textcoords="offset points")
-        text.set(ha="left" if is_early else "right", color=val_colour, weight="bold")
-        text.set_bbox({"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 1.5})
+    logs = runs.drawn()
+    several = len(logs) > 1
+    for kind, colour, style in (("train_loss", colours[0], "-"), ("val_loss", colours[-1], ":")):
+        curves = [curve(log, kind, axis, runs.smoothing if kind == "train_loss" else 1) for log in logs]
+        if kind == "val_loss" and max(len(steps) for steps, _, _ in curves) < 2:
+            continue  # only final validations: nothing to join
+        x, mean, low, high = mean_and_range(curves)
+        width, alpha = (1.4, 1) if runs.smoothing > 1 or kind == "val_loss" else (0.9, 0.6)
+        label = "training" if colour != colours[-1] else None
+        panel.plot(x, mean, style, marker="." if len(x) == 1 else "", color=colour, lw=width, alpha=alpha, label=label)
+        if several:
+            panel.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
+    panel.plot([], [], "o" if len(colours) > 1 else "o-", color=colours[-1], markersize=5, label=runs.label())
+    if not several:
+        panel.plot(*curve(logs[0], "val_loss", axis)[1:], "o", color=colours[-1], markersize=4.5)
+        return
+    points = [(x, event.val_loss) for log, event in runs.finals() if (x := position(log, event, axis)) is not None]
+    if points:
+        x, y = zip(*points, strict=True)
+        panel.plot(x, y, "o", color=colours[-1], markersize=3, alpha=0.5)
+        panel.plot(statistics.fmean(x), statistics.fmean(y), "o", color=colours[-1], markersize=7, mec="white")
+
+
+# ---- history ----
+
+
+@dataclass(frozen=True)
+class Record:
+    track: str
+    number: int
+    seconds: float  # to the target loss
+    date: date
+    change: str
+
+
+def read_history(path: Path) -> list[Record]:
+    """The dated records of a history. Raises LogError where it cannot be read or a row is not one."""
+    records = []
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            for row in csv.DictReader(file):
+                try:
+                    if row["date"]:
+                        day, seconds = date.fromisoformat(row["date"]), float(row["seconds"])
+                        records.append(Record(row["track"], int(row["record"]), seconds, day, row["change"]))
+                    if not 0 < float(row["seconds"]) < math.inf:
+                        raise ValueError(f"{row['seconds']} seconds")
+                except (KeyError, TypeError, ValueError) as error:
+                    raise LogError(f"{path}: {error!s} in {row}: expected track,record,seconds,date,change") from None
+    except OSError as error:
+        raise LogError(f"cannot read {path}: {error.strerror}") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise LogError(f"{path}: not a table of comma-separated values ({error})") from None
+    if not records:
+        raise LogError(f"{path} has no record with a date")
+    return records
+
+
+def leaps(records: list[Record]) -> list[Record]:
+    """The records of one track to be named: first, last, leaps by LEAP or more, the largest of each quarter."""
+    bests = accumulate((r.seconds for r in records), min)
+    ratio = {r: best / r.seconds for r, best in zip(records[1:], bests, strict=False)}
+    quarters: dict[tuple[int, int], Record] = {}
+    for r in ratio:
+        quarter = r.date.year, (r.date.month - 1) // 3
+        if quarter not in quarters or ratio[r] > ratio[quarters[quarter]]:
+            quarters[quarter] = r
+    named = {records[0], records[-1], *quarters.values(), *(r for r in ratio if ratio[r] >= LEAP)}
+    return [r for r in records if r in named]
+
+
+def draw_history(records: list[Record]) -> Figure:
+    """Time to target over date, one point per record, a step line for the best so far, the leaps named."""
+    figure = new_figure(1600 / 150, 700 / 150)
+    panel = figure.subplots()
+    figure.subplots_adjust(left=0.08, right=0.985, bottom=0.075, top=0.975)
+    tracks = {track: [r for r in records if r.track == track] for track in dict.fromkeys(r.track for r in records)}
+    dates = [r.date for r in records]
+    span = max(dates) - min(dates)
+    panel.set_xlim(min(dates) - 0.24 * span, max(dates) + 0.03 * span)
+    panel.set_yscale("log")
+    panel.set_ylim(0.5 * min(r.seconds for r in records), 1.5 * max(r.seconds for r in records))
+    panel.yaxis.set_major_locator(ticker().FixedLocator(TICKS))
+    panel.yaxis.set_major_formatter(lambda value, _: duration(value))
+    panel.yaxis.set_minor_locator(ticker().NullLocator())
+    panel.set_ylabel("training time to the target loss")
+    dress(panel)
+    slowest = max(tracks, key=lambda track: tracks[track][-1].seconds)
+    for i, (track, rows) in enumerate(tracks.items()):
+        best = list(accumulate((r.seconds for r in rows), min))
+        label = f"{track}: {duration(best[0])} → {duration(best[-1])} in {rows[-1].number} records"
+        days = [r.date for r in rows]
+        panel.step(days, best, where="post", color=COLOURS[i], linewidth=1.4)
+        panel.plot(days, [r.seconds for r in rows], "o", color=COLOURS[i], markersize=4, label=label)
+        above = len(tracks) > 1 and track == slowest
+        place([name_leap(panel, r, above, COLOURS[i]) for r in leaps(rows)], above)
+    panel.legend(frameon=False, loc="upper right", fontsize=10)
+    return figure
+
+
+def name_leap(panel: Axes, record: Record, above: bool, colour: str) -> Annotation:
+    """The name of a record: right above the uppermost curve or left below another, where a falling curve never is."""
+    line = {"arrowstyle": "-", "color": colour, "alpha": 0.6, "linewidth": 0.8, "shrinkA": 0, "shrinkB": 2}
+    return panel.annotate(
+        record.change.split(";")[0],
+        (record.date, record.seconds),
+        xytext=(8, 5) if above else (-12, -8),
+        textcoords="offset points",
+        ha="left" if above else "right",
+        va="bottom" if above else "top",
+        fontsize=8.5,
+        arrowprops=line | {"relpos": (0, 0.5) if above else (1, 0.5)},
+    )
+
+
+def place(names: Iterable[Annotation], above: bool) -> None:
+    """Moves names away from their curve until none lies on another."""
+    from matplotlib.text import Text
+
+    placed: list[Bbox] = []
+    for name in reversed(list(names)) if above else names:
+        name.update_positions(name.figure.canvas.get_renderer())
+        box = Text.get_window_extent(name)  # of the text alone; an annotation's own includes the line to its point
+        step, (x, y) = (1 if above else -1), name.get_position()
+        while any(box.overlaps(other) for other in placed):
+            box, y = box.translated(0, step), y + step * 72 / name.figure.dpi
+        name.set_position((x, y))
+        placed.append(box.padded(2))
+
+
+# ---- shared ----
+
+
+def ticker():
+    import matplotlib.ticker
+
+    return matplotlib.ticker
+
+
+def new_figure(width: float, height: float, **options: str) -> Figure:
+    """A figure of so many inches, without pyplot, whose import costs as much again as all the rest."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=150, **options)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def dress(panel: Axes) -> None:
+    """Light grid behind the curves, no box."""
+    panel.grid(color="0.9", linewidth=0.8)
+    panel.set_axisbelow(True)
+    panel.spines[["top", "right"]].set_visible(False)
+
+
+def number(value: float) -> str:
+    """1,500, 200k or 2.5M: a tick of steps, seconds or tokens."""
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(value) >= max(size, 1e5):
+            return f"{value / size:g}{unit}"
+    return f"{value:,.10g}"
+
+
+def duration(seconds: float) -> str:
+    """73.8 s, 45 min, 5.8 h: seconds in the unit that people say."""
+    if seconds < 180:
+        return f"{seconds:g} s"
+    return f"{seconds / 60:.3g} min" if seconds < 7200 else f"{seconds / 3600:.2g} h"
+
+
+# ---- command ----
+
+
+def logs_of(paths: Iterable[Path]) -> list[Log]:
+    """The logs, each with a finite loss, of files and folders. Raises LogError."""
+    logs = []
+    for path in paths:
+        files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
+        if not files:
+            raise LogError(f"no *.txt in the folder {path}")
+        logs += [parse_log(file) for file in files]
+    for log in logs:
+        if not finite(log.events, "train_loss") + finite(log.events, "val_loss"):
+            raise LogError(
+                f"{log.path} has no loss line such as 'step:250/1765 val_loss:4.1234 train_time:12345ms' with a finite "
+                "loss after its last line of '=': did the run end before its first validation?"
+            )
+    return logs
+
+
+def set_of(words: list[str]) -> RunSet:
+    """The set of `--set NAME LOG…`."""
+    name, *paths = words
+    if not paths or Path(name).is_file():
+        raise LogError(f"--set {name!r} …: expected a name, then logs or a folder of logs: --set NAME LOG…")
+    return RunSet(name, logs_of(map(Path, paths)), SMOOTHING)
+
+
+def pictures(options: argparse.Namespace) -> Iterable[tuple[Path, Figure]]:
+    """What the options ask for, with the path of each picture."""
+    if options.out and options.out.suffix.lower() != ".png":
+        raise LogError(f"--out {options.out}: pictures are PNG, expected a name that ends in .png")
+    if options.history:
+        if options.logs or options.set:
+            raise LogError("--history draws records/history.csv; it takes neither logs nor sets")
+        yield options.out or HISTORY.with_suffix(".png"), draw_history(read_history(HISTORY))
+    elif not options.logs and not options.set:
+        raise LogError("nothing to draw: give logs, --set NAME LOG… or --history (see --help)")
+    elif options.set and not options.out:
+        raise LogError("--set draws all sets into one picture: add --out PNG")
+    else:
+        logs = logs_of(options.logs)
+        sets = [RunSet(log.path.stem, [log]) for log in logs] + [set_of(words) for words in options.set]
+        if options.out:
+            yield options.out, draw_runs(sets)
+        else:
+            for log in logs:
+                yield log.path.with_suffix(".png"), draw_runs([RunSet(f"{log.path.stem}, validation", [log])])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Draws the loss curves of run logs.")
-    parser.add_argument("logs", nargs="+", type=Path, metavar="LOG", help="logs/<run_id>.txt")
-    parser.add_argument("--out", type=Path, metavar="PNG", help="draw all logs into this picture")
-    options = parser.parse_args()
+    parser = argparse.ArgumentParser(
+        prog="records/plot.py", description="Draws the loss curves of run logs, or the history of public records."
+    )
+    parser.add_argument("logs", nargs="*", type=Path, metavar="LOG", help="logs/<run_id>.txt, or a folder of logs")
+    parser.add_argument(
+        "--set", nargs="+", action="append", default=[], metavar=("NAME", "LOG"), help="runs to draw as mean and range"
+    )
+    parser.add_argument("--history", action="store_true", help="draw records/history.csv")
+    parser.add_argument("--out", type=Path, metavar="PNG", help="draw all into this picture")
     try:
-        logs = [parse_log(path) for path in options.logs]
-        pictures = {options.out: logs} if options.out else {log.path.with_suffix(".png"): [log] for log in logs}
-        for picture, shown in pictures.items():
-            draw(shown, picture)
-            print(f"plot: {picture}")
+        for path, figure in pictures(parser.parse_args()):
+            figure.savefig(path, metadata={"Software": None})  # its version would change the bytes
+            print(f"plot: {path}")
     except (LogError, OSError, ImportError) as error:
         sys.exit(f"records/plot.py: error: {error}")
 

@@ -286,7 +286,8 @@ def test_torch_accepts_the_operators():
     ops = torch.ops.speedrun
     torch.library.opcheck(ops.symmetric_product.default, (random(2, 9, 5).float().mT,))
     torch.library.opcheck(ops.quadratic.default, (random(2, 9, 9).float(), 1.0, 2.0))
-    torch.library.opcheck(ops.relu_squared_mlp.default, (leaf(5, 8), leaf(16, 8), leaf(16, 8)))
+    for fused in (False, True):
+        torch.library.opcheck(ops.relu_squared_mlp.default, (leaf(5, 8), leaf(16, 8), leaf(16, 8), fused))
     targets, weights = some_targets(2, 20, 40), torch.tensor([1.0, 0.5])
     for need_grad in (True, False):
         arguments = (leaf(20, 8), leaf(8, 40), targets, weights, 7, need_grad, True, False)

@@ -1,0 +1,235 @@
+"""What is each technique worth? Trains `nano` with one of them switched off at a time, several seeds each.
+
+    python records/ablate.py                          # all variants, seeds 0 to 2, into records/nano/ablation
+    python records/ablate.py --seeds 5 --only "no smear" "no skip"
+    python records/ablate.py --table                  # no training: the table of what is there
+
+Every variant is the track with a few numbers changed on the command line, printed in the table, so that each run can be
+repeated alone with `./run.sh nano …`. Runs that are complete are kept: interrupt it and call it again. The result is
+ablation.csv, a line per run, and ablation.md, the table: change of the validation loss after equally many steps, paired
+by seed with the full recipe, p of the paired t-test, and time to the target.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+from runlogs import Log, LogError, parse_log
+
+REPO = Path(__file__).resolve().parents[1]
+FULL = "full recipe"
+# Validate often, to see when the target is met, hence on the first eighth of the validation bytes only.
+COMMON = ("--val-every", "50", "--data.val-tokens", "65536", "--sample-tokens", "0")
+FLAT_STAGES = tuple(word for i in range(3) for word in (f"--schedule.stages.{i}.tokens", "1536"))  # as many in all
+LONG_WINDOWS = tuple(word for i in range(3) for word in (f"--schedule.stages.{i}.windows", "64", "384"))
+NEXT_TOKEN = tuple(word for i in range(3) for word in (f"--schedule.stages.{i}.prediction-weights", "1", "1"))
+ADAM = tuple(
+    word
+    for bank in ("attn-bank", "mlp-bank")
+    for word in (
+        *(f"--optimizer.rules.{bank}.kind", "adam"),
+        *(f"--optimizer.rules.{bank}.lr-mul", "0.125"),  # 2e-3, the baseline's
+        *(f"--optimizer.rules.{bank}.betas", "0.9", "0.99"),
+    )
+)
+MUON = ("--optimizer.rules.attn-bank.kind", "muon", "--optimizer.rules.mlp-bank.kind", "muon")
+
+VARIANTS: dict[str, tuple[str, ...]] = {
+    FULL: (),
+    "Adam instead of NorMuon": ADAM,
+    "Muon: no second moment": MUON,
+    "3 rounds of Polar Express": ("--optimizer.polar-express-rounds", "3"),
+    "decay of all weights, not cautious": ("--optimizer.no-cautious",),
+    "always tied": ("--schedule.untie", "2"),  # never reached
+    "never tied": ("--schedule.untie", "0"),
+    "next-token prediction only": NEXT_TOKEN,
+    "same batch in all stages": FLAT_STAGES,
+    "last windows from the start": LONG_WINDOWS,
+    "no YaRN": ("--schedule.yarn-max-window", "0"),
+    "no paired heads": ("--model.paired-layers",),
+    "no key offset": ("--model.no-key-offset",),
+    "no attention gates": ("--model.no-attention-gates",),
+    "no value embeddings": ("--model.value-embeds",),
+    "no smear": ("--model.no-smear",),
+    "no skip": ("--model.skips",),
+    "no backout": ("--model.backout-layer", "99"),
+    "no x0 in later layers": ("--optimizer.rules.x0-lambda.lr-mul", "0"),
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """One run, as a line of ablation.csv."""
+
+    variant: str
+    seed: int
+    loss: float  # final validation
+    seconds: float  # of training
+    to_target: float | None  # seconds until the validation loss crosses the target; None: it does not
+
+
+def seconds_to_target(log: Log) -> float | None:
+    """Training time at which the validation loss crosses the target, interpolated linearly between validations."""
+    for before, after in pairwise(log.val):
+        if before.val_loss > log.target >= after.val_loss:
+            part = (before.val_loss - log.target) / (before.val_loss - after.val_loss)
+            return before.seconds + part * (after.seconds - before.seconds)
+    return None
+
+
+def read_result(variant: str, path: Path, source: str) -> Result | None:
+    """The result of a log; None where it is not complete. Raises LogError for a log of another train_gpt.py."""
+    log = parse_log(path)
+    if log.source is not None and log.source.strip() != source.strip():
+        raise LogError(f"{path} is of another train_gpt.py: name another folder with --out, or delete it.")
+    if log.final is None or log.final.step != log.final.total or not log.notes or "peak" not in log.notes[-1]:
+        return None
+    return Result(variant, int(log.settings["seed"]), log.final.val_loss, log.final.seconds, seconds_to_target(log))
+
+
+def folder_of(variant: str, out: Path) -> Path:
+    return out / "logs" / "".join(c if c.isalnum() else "_" for c in variant)
+
+
+def find_results(out: Path) -> list[Result]:
+    """All complete runs, by variant and seed. Raises LogError for a log of another train_gpt.py."""
+    source = (REPO / "train_gpt.py").read_text(encoding="utf-8")
+    found = {}
+    for variant in VARIANTS:
+        for path in sorted(folder_of(variant, out).glob("*.txt")):
+            if (result := read_result(variant, path, source)) is not None:
+                found[variant, result.seed] = result
+    return list(found.values())
+
+
+def run(variant: str, seed: int, out: Path, threads: int | None, extra: list[str]) -> None:
+    """Train one variant. Raises RuntimeError, with the end of what it printed, where that fails."""
+    words = [sys.executable, str(REPO / "train_gpt.py"), "nano", "--seed", str(seed), *COMMON, *VARIANTS[variant]]
+    command = [*words, "--log-dir", str(folder_of(variant, out)), *extra]
+    env = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
+    if done.returncode:
+        raise RuntimeError(f"{variant}, seed {seed}: exit code {done.returncode}\n{done.stdout[-2000:]}")
+
+
+def run_all(variants: list[str], seeds: int, out: Path, jobs: int, extra: list[str]) -> list[str]:
+    """Train what is missing, all variants of a seed before the next seed. Returns what failed."""
+    from tqdm import tqdm
+
+    have = {(result.variant, result.seed) for result in find_results(out)}
+    missing = [(variant, seed) for seed in range(seeds) for variant in variants if (variant, seed) not in have]
+    threads = max((os.cpu_count() or 1) // jobs, 1) if jobs > 1 else None
+    failures = []
+    with ThreadPoolExecutor(jobs) as pool, tqdm(total=seeds * len(variants), unit="run") as bar:
+        bar.update(seeds * len(variants) - len(missing))
+        runs = {pool.submit(run, *task, out, threads, extra): task for task in missing}
+        try:
+            for future in as_completed(runs):
+                bar.set_postfix_str("{}, seed {}".format(*runs[future]))
+                if error := future.exception():
+                    failures.append(str(error))
+                    tqdm.write(str(error))
+                bar.update()
+        except KeyboardInterrupt:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return failures
+
+
+def write_csv(results: list[Result], path: Path) -> None:
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(Result.__annotations__)
+        for r in results:
+            to_target = "" if r.to_target is None else f"{r.to_target:.1f}"
+            writer.writerow([r.variant, r.seed, f"{r.loss:.4f}", f"{r.seconds:.1f}", to_target])
+
+
+def read_csv(path: Path) -> list[Result]:
+    with open(path, newline="", encoding="utf-8") as file:
+        return [
+            Result(
+                row["variant"],
+                int(row["seed"]),
+                float(row["loss"]),
+                float(row["seconds"]),
+                float(row["to_target"]) if row["to_target"] else None,
+            )
+            for row in csv.DictReader(file)
+        ]
+
+
+def table(results: list[Result]) -> str:
+    """Markdown: a row per variant, the most harmful first."""
+    from scipy import stats
+
+    by_variant = {v: {r.seed: r for r in results if r.variant == v} for v in VARIANTS}
+    full = by_variant[FULL]
+    rows = []
+    for variant, runs in by_variant.items():
+        seeds = sorted(runs.keys() & full.keys())
+        if not seeds:
+            continue
+        losses = [runs[s].loss for s in seeds]
+        change = [runs[s].loss - full[s].loss for s in seeds]
+        p = "" if variant == FULL or len(seeds) < 2 else f"{stats.ttest_1samp(change, 0).pvalue:.2g}"
+        speed = statistics.median(runs[s].seconds / full[s].seconds for s in seeds)
+        met = [runs[s].to_target for s in seeds if runs[s].to_target is not None]
+        to_target = f"{statistics.mean(met):.0f} s" if met else "–"
+        if len(met) < len(seeds):
+            to_target += f" ({len(met)} of {len(seeds)} runs)"
+        delta = f"{statistics.mean(change):+.4f}" if variant != FULL else ""
+        cells = (variant, len(seeds), f"{statistics.mean(losses):.4f}", delta, p, to_target, f"{speed:.2f}")
+        rows.append((variant != FULL, -statistics.mean(change), cells))
+    lines = [
+        "| variant | n | loss | change | p | to the target | training time, × full |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    return "\n".join(lines + ["| " + " | ".join(map(str, cells)) + " |" for *_, cells in sorted(rows)])
+
+
+def report(results: list[Result]) -> str:
+    """The table with the command of each variant."""
+    ran = [v for v in VARIANTS if any(r.variant == v for r in results)]
+    commands = "\n".join(f"- {v}: `./run.sh nano {' '.join(VARIANTS[v])}`" for v in ran if VARIANTS[v])
+    return f"{table(results)}\n\n{commands}\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Trains nano with one technique switched off at a time.")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 to N - 1 of each variant")
+    parser.add_argument("--only", nargs="+", metavar="VARIANT", choices=list(VARIANTS), help="besides the full recipe")
+    parser.add_argument("--out", type=Path, default=REPO / "records" / "nano" / "ablation", metavar="FOLDER")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time, which share the cores")
+    parser.add_argument("--table", action="store_true", help="no training: only the table of what is there")
+    parser.add_argument("--extra", nargs=argparse.REMAINDER, default=[], help="further options of train_gpt.py; last")
+    options = parser.parse_args()
+    variants = [FULL, *(v for v in VARIANTS if v != FULL and (options.only is None or v in options.only))]
+    failures = []
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+        if not options.table:
+            failures = run_all(variants, options.seeds, options.out, options.jobs, options.extra)
+        results = find_results(options.out)
+        write_csv(results, options.out / "ablation.csv")
+        (options.out / "ablation.md").write_text(report(results), encoding="utf-8")
+        print(table(results))
+    except KeyboardInterrupt:
+        sys.exit("interrupted: complete runs are kept; call it again to go on")
+    except (LogError, OSError) as error:
+        sys.exit(f"records/ablate.py: error: {error}")
+    if failures:
+        sys.exit(f"{len(failures)} runs failed, see above; the table has the others.")
+
+
+if __name__ == "__main__":
+    main()

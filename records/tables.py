@@ -1,0 +1,118 @@
+"""Writes the tables of the README files from logs and CSV files, so that no number in them is typed by hand.
+
+    python records/tables.py            # rewrite what stands between <!-- table: NAME --> and <!-- end of table -->
+    python records/tables.py --check    # exit code 1 where a table is not current
+
+Tables: `leaderboard` (folders records/TRACK/DATE_NAME/ with their logs), `history small` and `history medium`
+(history.csv), `ablation` (nano/ablation/ablation.csv).
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import re
+import statistics
+import sys
+from pathlib import Path
+
+from scipy import stats
+
+import ablate
+from runlogs import Log, LogError, parse_log
+
+RECORDS = Path(__file__).resolve().parent
+FILES = (RECORDS.parent / "README.md", RECORDS / "README.md")
+TABLE = re.compile(r"(<!-- table: (?P<name>[\w ]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+FOLDER = re.compile(r"\d{4}-\d{2}-\d{2}_\w+")
+HARDWARE = re.compile(r"^(?:CPU: (?P<cpu>.+?, \d+ threads)|.*?(?P<gpu>NVIDIA [\w -]*?\d\w+))", re.MULTILINE)
+
+
+def markdown(head: tuple[str, ...], rows: list[tuple]) -> str:
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def leaderboard(folder: Path = RECORDS) -> str:
+    """A row per record folder, by track and date; the times of a row compare with the row above it."""
+    rows = []
+    for track in sorted(path for path in folder.iterdir() if path.is_dir()):
+        before = None
+        for record in sorted(path for path in track.iterdir() if FOLDER.fullmatch(path.name)):
+            logs = [parse_log(path) for path in sorted(record.glob("*.txt"))]
+            seconds = [log.final.seconds for log in logs]
+            speedup = "" if before is None else f"{before / statistics.mean(seconds):.2f} ×"
+            rows.append((track.name, record.name.partition("_")[0], title_of(record), *row_of(logs), speedup))
+            before = statistics.mean(seconds)
+    head = ("track", "date", "record", "n", "loss, mean ± std", "p", "seconds, mean (median)", "hardware", "faster by")
+    return markdown(head, rows)
+
+
+def title_of(record: Path) -> str:
+    """The heading of a record's README, as a link to its folder."""
+    heading = (record / "README.md").read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+    return f"[{heading}]({record.parent.name}/{record.name})"
+
+
+def row_of(logs: list[Log]) -> tuple[str, ...]:
+    losses, seconds = [log.final.val_loss for log in logs], [log.final.seconds for log in logs]
+    p = stats.ttest_1samp(losses, logs[0].target, alternative="less").pvalue
+    found = HARDWARE.search(logs[0].environment)
+    return (
+        str(len(logs)),
+        f"{statistics.mean(losses):.4f} ± {statistics.stdev(losses):.4f}",
+        f"{p:.2g}",
+        f"{statistics.mean(seconds):.1f} ({statistics.median(seconds):.1f})",
+        (found["cpu"] or found["gpu"]) if found else "",
+    )
+
+
+def history(track: str) -> str:
+    """The public records of a track, the newest first."""
+    with open(RECORDS / "history.csv", newline="", encoding="utf-8") as file:
+        records = [row for row in csv.DictReader(file) if row["track"] == track]
+    rows = [(r["record"], f"{float(r['seconds']):g}", r["date"], r["change"], r["contributors"]) for r in records]
+    return markdown(("#", "seconds", "date", "change", "by"), rows[::-1])
+
+
+def ablation() -> str:
+    path = RECORDS / "nano" / "ablation" / "ablation.csv"
+    return ablate.table(ablate.read_csv(path)) if path.exists() else "Not measured yet: `python records/ablate.py`."
+
+
+def table(name: str) -> str:
+    """A table by its name in the text. Raises KeyError for a name that there is not."""
+    return {
+        "leaderboard": leaderboard,
+        "history small": lambda: history("small"),
+        "history medium": lambda: history("medium"),
+        "ablation": ablation,
+    }[name]()
+
+
+def current(text: str) -> str:
+    """The text with its tables written anew."""
+    return TABLE.sub(lambda match: f"{match[1]}{table(match['name'])}\n{match[3]}", text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Writes the tables of the README files from logs and CSV files.")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 where a table is not current")
+    options = parser.parse_args()
+    stale = []
+    try:
+        for path in FILES:
+            text = path.read_text(encoding="utf-8")
+            if (new := current(text)) != text:
+                stale.append(path)
+                if not options.check:
+                    path.write_text(new, encoding="utf-8")
+    except (LogError, OSError, KeyError, ValueError) as error:
+        sys.exit(f"records/tables.py: error: {error}")
+    for path in stale:
+        print(f"{'not current' if options.check else 'written'}: {path.relative_to(RECORDS.parent)}")
+    sys.exit(1 if stale and options.check else 0)
+
+
+if __name__ == "__main__":
+    main()

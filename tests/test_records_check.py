@@ -1,0 +1,789 @@
+"""records/check.py on made and forged logs: statistics against scipy, each rule broken in several ways."""
+
+import ast
+import json
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from records import check
+from runlogs import Log, LogError, parse_log
+from train_gpt import NANO, SMALL
+
+REPO = Path(__file__).resolve().parents[1]
+SCRIPT = REPO / "records" / "check.py"
+TRAIN_GPT = REPO / "train_gpt.py"
+SOURCE = TRAIN_GPT.read_text(encoding="utf-8")
+TRACKS = SOURCE[SOURCE.index("SMALL = Track(") : SOURCE.index("# Hot operations")]
+EXCERPT = "\n".join(  # the parts that rules are about: judged four times as fast as the whole
+    (
+        TRACKS,
+        SOURCE[SOURCE.index("# Data: ") : SOURCE.index("LOSS_EVERY = ")],
+        SOURCE[SOURCE.index("class Trainer:") : SOURCE.index("def decode(")],
+    )
+)
+LINE = "=" * 100
+CPU = "CPU: AMD EPYC, 2 threads, AVX512"
+LOSSES = (1.0812, 1.0790, 1.0835)
+SLOW, FAST = (20.0, 20.2, 20.1), (10.0, 10.3, 10.1)
+
+
+def event_lines(loss: float, seconds: float, steps: int = 12) -> list[str]:
+    """The lines of train_gpt.RunLog, at an even pace."""
+    lines = []
+    for step in range(1, steps + 1):
+        at = seconds * step / steps
+        clock = f"train_time:{1000 * at:.0f}ms step_avg:{1000 * at / step:.2f}ms"
+        lines.append(f"step:{step}/{steps} {clock}")
+        if step % 10 == 0 or step == steps:
+            lines.append(f"step:{step}/{steps} train_loss:{loss + 0.5:.4f} {clock}")
+    return [*lines, f"step:{steps}/{steps} val_loss:{loss:.4f} {clock}"]
+
+
+def make_log(path, seed=0, loss=1.08, seconds=10.0, source=EXCERPT, lines=None, environment=CPU, **changes) -> Path:
+    """A log as train_gpt.py writes it. `changes` replaces settings ("data__bos" for data.bos); None drops one."""
+    values = {
+        "name": "nano",
+        "target_loss": 1.22,
+        "data.bos": 256,
+        "data.val_tokens": 524288,
+        "schedule.scheduled_steps": 10,
+        "schedule.extension_steps": 2,
+        "seed": seed,
+    }
+    values |= {key.replace("__", "."): value for key, value in changes.items()}
+    header = ["Running Python 3.11", "Device: cpu x 1, dtype float32, compile False", environment]
+    header += [f"{key}: {value}" for key, value in values.items() if value is not None]
+    lines = event_lines(loss, seconds) if lines is None else lines
+    end = ["peak memory allocated: 100 MiB reserved: 200 MiB"]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join([source, LINE, *header, LINE, *lines, *end]) + "\n", encoding="utf-8")
+    return path
+
+
+def make_set(folder: Path, losses=LOSSES, times=FAST, first_seed=0, **changes) -> list[Path]:
+    pairs = enumerate(zip(losses, times, strict=True), first_seed)
+    return [make_log(folder / f"{seed}.txt", seed, loss, seconds, **changes) for seed, (loss, seconds) in pairs]
+
+
+def run(capsys, *arguments: str | Path) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a command line, in this process."""
+    try:
+        code = check.main([str(argument) for argument in arguments])
+    except SystemExit as end:  # of argparse
+        code = end.code
+    return code, *capsys.readouterr()
+
+
+def run_json(capsys, *arguments: str | Path) -> dict:
+    code, out, err = run(capsys, *arguments, "--json")
+    result = json.loads(out, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert code == (1 if result["passed"] is False else 0) and not err
+    return result
+
+
+def rules(result: dict) -> set[str]:
+    return {broken["rule"] for broken in result["broken"]}
+
+
+@cache
+def reference() -> check.Reference:
+    return check.Reference.read(TRAIN_GPT)
+
+
+def log_of(tmp_path: Path, **changes) -> Log:
+    return parse_log(make_log(tmp_path / "run.txt", **{"source": "pass", **changes}))
+
+
+# Statistics
+
+
+def test_p_matches_scipy_and_a_table():
+    # By hand: losses 1, 2, 3 against 4 are t = (2 - 4) / (1 / sqrt(3)) = -3.4641 with 2 degrees of freedom, whose
+    # distribution function is 1/2 + t / (2 sqrt(2 + t^2)).
+    p = check.p_below([1.0, 2.0, 3.0], 4.0)
+    assert p == pytest.approx(0.5 - 3.4641016 / (2 * 14**0.5), abs=1e-7)
+    losses = [3.2791, 3.2786, 3.2779, 3.2795, 3.2788]
+    assert check.p_below(losses, 3.28) == stats.ttest_1samp(losses, 3.28, alternative="less").pvalue
+    assert check.p_below(losses, 3.27) > 0.99
+
+
+@pytest.mark.filterwarnings("error")
+def test_p_without_variance_or_enough_values():
+    assert check.p_below([1.08] * 3, 1.22) == 0.0
+    assert check.p_below([1.22] * 3, 1.22) == check.p_below([1.3] * 3, 1.22) == 1.0
+    assert check.p_below([1.08], 1.22) is None
+    assert check.welch([1.0, 1.0], [2.0, 2.0], "less") == (0.0, [-1.0, -1.0])
+    assert check.welch([2.0, 2.0], [1.0, 1.0], "less")[0] == 1.0
+    assert check.welch([1.0, 1.0], [1.0, 1.0], "two-sided") == (1.0, [0.0, 0.0])
+    assert check.welch([1.0, 1.0], [2.0, 2.0], "two-sided")[0] == 0.0
+    assert check.welch([1.0], [2.0, 2.0], "less") == (None, None)
+
+
+def test_welch_matches_scipy_and_a_table():
+    # By hand: means 2 and 7, variances of the means 1/3 and 4/3: t = -5 / sqrt(5/3) = -3.8730,
+    # (5/3)^2 / ((1/9 + 16/9) / 2) = 2.9412 degrees of freedom.
+    a, b = [1.0, 2.0, 3.0], [5.0, 7.0, 9.0]
+    p, _ = check.welch(a, b, "less")
+    assert p == pytest.approx(stats.t.cdf(-5 / (5 / 3) ** 0.5, 2.9411765), rel=1e-6)
+    assert p != pytest.approx(stats.ttest_ind(a, b, alternative="less").pvalue, rel=1e-2)  # Student's
+    p, interval = check.welch(a, b, "two-sided")
+    half = stats.t.ppf(0.975, 2.9411765) * (5 / 3) ** 0.5
+    assert interval == pytest.approx([-5 - half, -5 + half], rel=1e-6)
+    assert p == stats.ttest_ind(a, b, equal_var=False).pvalue
+
+
+def test_statistics_of_a_set(tmp_path, capsys):
+    """A set with the repository's file as source passes, with the figures of its last lines."""
+    make_set(tmp_path, source=SOURCE)
+    result = run_json(capsys, tmp_path)
+    assert result["passed"] is True and result["verdict"] == "pass" and result["broken"] == []
+    assert (result["track"], result["target"], result["n"]) == ("nano", NANO.target_loss, 3)
+    assert result["losses"] == list(LOSSES) and result["times"] == list(FAST)
+    assert result["mean"] == pytest.approx(1.0812333333)
+    assert result["std"] == pytest.approx(0.0022502, abs=1e-6)  # ddof = 1
+    assert (result["time_mean"], result["time_median"]) == (pytest.approx(10.1333333), 10.1)
+    assert result["time_std"] == pytest.approx(0.1527525)
+    assert result["p"] == stats.ttest_1samp(LOSSES, 1.22, alternative="less").pvalue
+    assert result["against"] is None
+    code, out, _ = run(capsys, tmp_path)
+    assert code == 0 and out.endswith("\npass\n") and "1.0812 1.0790 1.0835" in out and "median 10.100" in out
+
+
+@pytest.mark.parametrize(
+    ("losses", "reason"),
+    [
+        ((1.23, 1.24, 1.25), "mean loss is not below"),
+        ((1.0, 1.2, 1.4), "p of the loss"),  # mean 1.2, but too uncertain
+        ((1.3, 1.3, 1.3), "p of the loss 1 "),
+        ((1.08,), "at least 2 runs"),
+    ],
+)
+def test_statistics_that_fail(tmp_path, capsys, losses, reason):
+    paths = make_set(tmp_path, losses, FAST[: len(losses)])
+    code, out, err = run(capsys, *paths)
+    assert code == 1 and "\nfail: " in out and reason in out and not err
+
+
+def test_equal_losses_pass(tmp_path, capsys):
+    result = run_json(capsys, *make_set(tmp_path, (1.1, 1.1, 1.1)))
+    assert result["passed"] and result["p"] == 0
+
+
+# --against
+
+
+def test_against(tmp_path, capsys):
+    ours, theirs = make_set(tmp_path / "ours"), make_set(tmp_path / "theirs", times=SLOW)
+    result = run_json(capsys, *ours, "--against", tmp_path / "theirs")
+    a = result["against"]
+    assert result["passed"] and a["n"] == 3 and a["times"] == list(SLOW)
+    assert a["time_difference"] == pytest.approx(-9.9666667) and a["ratio"] == pytest.approx(20.1 / 10.1333333)
+    assert a["time_p"] == stats.ttest_ind(FAST, SLOW, equal_var=False, alternative="less").pvalue < 0.01
+    low, high = stats.ttest_ind(FAST, SLOW, equal_var=False).confidence_interval(0.95)
+    assert a["time_interval"] == [low, high] and low < -9.9666667 < high
+    assert a["loss_p"] == pytest.approx(1.0)
+    code, out, _ = run(capsys, *theirs, "--against", *ours)
+    assert code == 1 and "fail: not faster" in out and "0.504 x as fast" in out
+    code, out, _ = run(capsys, *ours, "--against", theirs[0])
+    assert code == 1 and "at least 2 runs" in out
+
+
+def test_against_wants_one_hardware_but_not_one_source(tmp_path, capsys):
+    """The other runs need neither our source nor our seeds; the machine has to be the same."""
+    ours = make_set(tmp_path / "ours")
+    theirs = make_set(tmp_path / "theirs", times=SLOW, source="import torch._inductor", data__val_tokens=7)
+    assert run_json(capsys, *ours, "--against", *theirs)["passed"]
+    others = make_set(tmp_path / "others", times=SLOW, environment="CPU: Intel Xeon, 2 threads, AVX512")
+    result = run_json(capsys, *ours, "--against", *others)
+    assert rules(result) == {"hardware"} and "Intel Xeon" in result["broken"][0]["reason"] and not result["passed"]
+    unnamed = make_set(tmp_path / "unnamed", times=SLOW, environment="")
+    assert run_json(capsys, *ours, "--against", *unnamed)["passed"]
+
+
+def test_hardware_reads_nvidia_smi():
+    row = "|   {}  NVIDIA {}          On  |   00000000:19:00.0 Off |                    0 |\n| N/A   34C    P0   ..."
+    logs = [
+        Log(Path(name), None, "\n".join(row.format(i, name) for i in range(n)), {"Device": f"cuda x {n}, x"}, [])
+        for name, n in (("H100 80GB HBM3", 2), ("H100 80GB HBM3", 2), ("H200", 2), ("H100 80GB HBM3", 1))
+    ]
+    assert check.describe_hardware(logs[0])["GPU"] == "NVIDIA H100 80GB HBM3, NVIDIA H100 80GB HBM3"
+    assert [log for log, _ in check.hardware(logs)] == [logs[2], logs[3], logs[3]]
+
+
+def test_against_broken_logs_are_refused(tmp_path, capsys):
+    ours = make_set(tmp_path / "ours")
+    theirs = make_set(tmp_path / "theirs", times=SLOW)
+    text = theirs[0].read_text()
+    theirs[0].write_text(text.replace("train_time:20000ms", "train_time:30000ms"))
+    theirs[1].write_text(theirs[1].read_text().replace("peak memory", "incomplete run"))
+    assert rules(run_json(capsys, *ours, "--against", *theirs)) == {"clock", "complete"}
+    theirs[0].write_text(text.replace("name: nano", "name: small"))
+    assert "track" in rules(run_json(capsys, *ours, "--against", *theirs))
+
+
+def test_systems_only(tmp_path, capsys):
+    """The p of the loss may be large; the mean, the speed and the equal losses may not be missing."""
+    noisy = (1.19, 1.20, 1.25)
+    ours, theirs = make_set(tmp_path / "ours", noisy), make_set(tmp_path / "theirs", noisy, SLOW)
+    assert not run_json(capsys, *ours, "--against", *theirs)["passed"]
+    assert run_json(capsys, *ours, "--against", *theirs, "--systems-only")["passed"]
+    assert not run_json(capsys, *theirs, "--against", *ours, "--systems-only")["passed"]
+    better = make_set(tmp_path / "better", (1.10, 1.101, 1.102), SLOW)
+    close = make_set(tmp_path / "close", (1.11, 1.111, 1.112), FAST)
+    code, out, _ = run(capsys, *close, "--against", *better, "--systems-only")
+    assert code == 1 and "fail: the losses differ" in out
+    bad = [make_set(tmp_path / f"bad{i}", (1.23, 1.24, 1.25), times) for i, times in enumerate((FAST, SLOW))]
+    code, out, _ = run(capsys, *bad[0], "--against", *bad[1], "--systems-only")
+    assert code == 1 and "mean loss" in out
+    code, out, err = run(capsys, *ours, "--systems-only")
+    assert code == 2 and "--systems-only needs --against" in err
+
+
+# Rules of a log: complete, clock, validation, duplicates, source, track
+
+
+def replace_lines(*pairs: tuple[str, str]):
+    def forge(lines: list[str]) -> list[str]:
+        text = "\n".join(lines)
+        for old, new in pairs:
+            assert old in text
+            text = text.replace(old, new, 1)
+        return text.split("\n")
+
+    return forge
+
+
+@pytest.mark.parametrize(
+    ("forge", "reason"),
+    [
+        (lambda lines: lines[:-1], "no final validation at step 12: there is none"),
+        (replace_lines(("step:12/12 val_loss", "step:11/12 val_loss")), "the last one is of step 11"),
+        (replace_lines(("step:3/12", "step:3/13")), "one total of steps: 12, 13"),
+        (replace_lines(("step:3/12", "step:3")), "one total of steps"),
+        (lambda lines: lines[:4] + lines[5:], "no line of step 5"),
+        (lambda lines: [lines[1], lines[0], *lines[2:]], "step 1 after step 2"),
+        (replace_lines(("val_loss:1.0800", "val_loss:nan")), "validation loss is nan"),
+        (replace_lines(("val_loss:1.0800", "val_loss:-inf")), "validation loss is -inf"),
+        (lambda lines: [*lines, "incomplete run: stopped after 12 of 20 steps by --max-steps"], "incomplete run"),
+        (lambda lines: ["resumed with --force from another source", *lines], "--force"),
+        (lambda lines: [line.replace("/12", "/13") for line in lines], "no final validation at step 13"),
+        (lambda lines: [line.replace("/12", "") for line in lines], "one total of steps: None"),
+        (lambda lines: [*lines, "step:13/12 train_time:11000ms step_avg:846.15ms"], "beyond its last step"),
+    ],
+)
+def test_complete_is_broken(tmp_path, forge, reason):
+    assert list(check.complete(log_of(tmp_path))) == []
+    forged = log_of(tmp_path, lines=forge(event_lines(1.08, 10.0)))
+    assert any(reason in found for found in check.complete(forged)), list(check.complete(forged))
+
+
+def test_complete_of_header_and_end(tmp_path):
+    wrong = log_of(tmp_path, schedule__scheduled_steps=20)
+    assert list(check.complete(wrong)) == ["12 steps, but the settings say 20 + 2"]
+    wrong = log_of(tmp_path, schedule__scheduled_steps="many")
+    assert list(check.complete(wrong)) == ["12 steps, but the settings say many + 2"]
+    assert "begin with the text" in next(check.complete(log_of(tmp_path, source="")))
+    path = make_log(tmp_path / "run.txt", source="pass")
+    text = path.read_text()
+    for end in ("MiB\n", " reserved: 200 MiB\n", "peak memory allocated: 100 MiB reserved: 200 MiB\n"):
+        path.write_text(text.removesuffix(end))
+        assert "cut off" in next(check.complete(parse_log(path)))
+    head, _, lines = text.split(LINE)
+    path.write_text(f"{head}{LINE}\n{LINE}{lines}")
+    assert "no environment" in next(check.complete(parse_log(path)))
+
+
+@pytest.mark.parametrize(
+    ("forge", "reason"),
+    [
+        (replace_lines(("train_time:2500ms ", "train_time:2400ms ")), "its average over 3 steps gives 2.500 s"),
+        (replace_lines(("train_time:10000ms", "train_time:5000ms")), "its average over 12 steps gives"),
+        (lambda lines: [lines[4], *lines], "the clock falls"),
+        (replace_lines(("train_time:2500ms step_avg", "step_avg")), "no training time"),
+        (replace_lines(("train_time:2500ms", "train_time:nanms")), "no training time"),
+        (replace_lines(("train_time:10000ms step_avg:833.33ms", "train_time:9000ms step_avg:750.00ms")), "clock falls"),
+        (replace_lines(("train_time:2500ms step_avg:833.33ms", "train_time:2500ms")), "no average"),
+        (lambda lines: [line.split(" step_avg")[0] for line in lines], "no average"),
+        (lambda lines: [*lines[:-1], lines[-1].replace("step_avg:833.33ms", "step_avg:nanms")], "NaN at step 12"),
+        (replace_lines(("step_avg:833.33ms", "step_avg:nanms")), "average over"),  # the other averages count all steps
+        (replace_lines(("step_avg:833.33ms", "step_avg:infms")), "average over"),
+    ],
+)
+def test_clock_is_broken(tmp_path, forge, reason):
+    assert list(check.clock(log_of(tmp_path))) == []
+    lines = event_lines(1.08, 10.0)
+    if "clock falls" in reason:  # else the forged line would be the last one
+        lines += lines[-1:] if lines[0] not in forge(lines) else []
+    forged = log_of(tmp_path, lines=forge(lines))
+    assert any(reason in found for found in check.clock(forged)), list(check.clock(forged))
+
+
+def test_clock_allows_rounding(tmp_path):
+    """Times rounded to 1 ms and averages to 0.01 ms do not break it: 6000 steps of 15.3791 ms."""
+    lines = [f"step:{i}/6000 train_time:{i * 15.3791:.0f}ms step_avg:15.38ms" for i in range(1, 6001)]
+    assert list(check.clock(log_of(tmp_path, lines=lines))) == []
+    lines[2999] = lines[2999].replace("train_time:46137ms", "train_time:46197ms")
+    assert len(list(check.clock(log_of(tmp_path, lines=lines)))) == 2  # its average, and the fall after it
+
+
+def test_clock_of_old_public_logs(tmp_path):
+    """Until step 10 they time nothing, then the clock starts anew."""
+    lines = [f"step:{i}/30 train_loss:5.1 train_time:{9000 + i}ms step_avg:nanms" for i in range(1, 12)]
+    lines[-1] = "step:11/30 train_loss:5.1 train_time:100ms step_avg:nanms"
+    lines += [f"step:{i}/30 train_loss:5.1 train_time:{(i - 10) * 100}ms step_avg:100.00ms" for i in range(12, 31)]
+    old = dict(name=None, lines=lines)
+    assert list(check.clock(log_of(tmp_path, **old))) == []
+    lines[-1] = lines[-1].replace("step_avg:100.00ms", "step_avg:66.67ms")  # over all 30 steps
+    assert len(list(check.clock(log_of(tmp_path, **old)))) == 1
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "changes", "reason"),
+    [
+        ("", "", {"data__val_tokens": 1024}, "data.val_tokens is 1024, officially 524288"),
+        ("", "", {"data__val_tokens": None}, "data.val_tokens is None"),
+        ("", "", {"data__bos": 0}, "data.bos is 0"),
+        ("", "", {"target_loss": 1.5}, "target_loss is 1.5, officially 1.22"),
+        ("", "", {"target_loss": "low"}, "target_loss is low"),
+        ("val_tokens=524_288", "val_tokens=1024", {}, "val_tokens is not 524288"),
+        ("val_tokens=524_288", "val_tokens=int('1024')", {}, "val_tokens is not 524288"),
+        ("val_tokens=524_288,", "", {}, "does not spell out val_tokens"),
+        ('name="nano"', 'name="mini"', {}, "0 calls Track(name='nano'"),
+        ("NANO = Track(", 'OTHER = Track(name="nano", data=DataConfig(val_tokens=1))\nNANO = Track(', {}, "2 calls"),
+    ],
+)
+def test_validation_is_broken(tmp_path, old, new, changes, reason):
+    assert TRACKS.count(old) == 1 or not old
+    log = log_of(tmp_path, source=TRACKS.replace(old, new) if old else TRACKS, **changes)
+    found = list(check.validation(log, ast.parse(log.source), NANO))
+    assert any(reason in text for text in found), found
+    honest = log_of(tmp_path, source=TRACKS)
+    assert list(check.validation(honest, ast.parse(TRACKS), NANO)) == []
+    small = {"name": "small", "target_loss": 3.28, "data__bos": 50256, "data__val_tokens": 10485760}
+    assert list(check.validation(log_of(tmp_path, source=TRACKS, **small), ast.parse(TRACKS), SMALL)) == []
+
+
+def test_duplicates(tmp_path, capsys):
+    a, b, c = make_set(tmp_path)
+    assert rules(run_json(capsys, a, b, c, a)) == {"duplicates"}
+    copy = make_log(tmp_path / "copy" / "x.txt", 99, LOSSES[0], FAST[0])  # another seed in the header
+    result = run_json(capsys, a, b, c, copy)
+    assert result["broken"] == [{"file": str(copy), "rule": "duplicates", "reason": result["broken"][0]["reason"]}]
+    assert "all lines are equal" in result["broken"][0]["reason"]
+    again = make_log(tmp_path / "again" / "x.txt", 1, 1.07, 9.9)
+    result = run_json(capsys, a, b, c, again)
+    assert [broken["reason"] for broken in result["broken"]] == [f"seed 1, as in {b}"]
+
+
+def test_source_and_track_have_to_agree(tmp_path, capsys):
+    paths = make_set(tmp_path)
+    paths[1].write_text(paths[1].read_text().replace("n = data.val_row_tokens", "n =  data.val_row_tokens"))
+    result = run_json(capsys, *paths)
+    line = EXCERPT[: EXCERPT.index("n = data.val_row_tokens")].count("\n") + 1
+    assert rules(result) == {"source"} and result["broken"][0]["reason"].endswith(f"first at line {line}")
+    paths = make_set(tmp_path)
+    paths[2].write_text(paths[2].read_text().replace("name: nano", "name: small"))
+    assert "track" in rules(run_json(capsys, *paths))
+    assert "track" in rules(run_json(capsys, paths[2], paths[0], paths[1], "--track", "nano"))
+    paths[2].write_text(paths[2].read_text().replace("name: small\n", ""))
+    assert "track" in rules(run_json(capsys, *paths))
+
+
+def test_source_that_is_not_python(tmp_path, capsys):
+    paths = make_set(tmp_path, source="int main() { return 0; }")
+    result = run_json(capsys, *paths)
+    assert rules(result) == {"source"} and "not Python" in result["broken"][0]["reason"]
+    deep = f"{EXCERPT}\nx = a{'.b' * 1500}"  # parses, but is too deep for functions that follow it
+    result = run_json(capsys, *make_set(tmp_path, source=deep))
+    assert rules(result) & {"options", "source"} and not result["passed"]
+
+
+# Rule: options
+
+FORBIDDEN = [
+    "import torch._inductor",
+    "import torch._inductor.config as c",
+    "import torch._inductor.config",
+    "from torch import _inductor",
+    "from torch import _inductor as i",
+    "from torch._inductor import config",
+    "from torch._inductor.config import triton",
+    "def f():\n    import torch._inductor.utils",
+    "torch._inductor.config.max_autotune = True",
+    "x = torch._inductor.config",
+    "t = torch\nt._inductor.config.epilogue_fusion = False",
+    "getattr(torch, '_inductor').config.x = 1",
+    "setattr(getattr(torch, '_' 'inductor').config, 'x', 1)",
+    "setattr(torch._inductor.config, 'max_autotune', True)",
+    "importlib.import_module('torch._inductor.config').x = 1",
+    "import_module('torch._inductor')",
+    "import_module('._inductor', 'torch')",
+    "import_module(name)",
+    "__import__('torch._inductor.config')",
+    "sys.modules['torch._inductor.config'].x = 1",
+    "vars(torch)['_inductor']",
+    "exec('import torch._inductor; torch._inductor.config.x = 1')",
+    "eval(text)",
+    "operator.attrgetter('_inductor.config')(torch)",
+    "os.environ['TORCHINDUCTOR_MAX_AUTOTUNE'] = '1'",
+    "os.environ.setdefault('TORCHINDUCTOR_MAX_AUTOTUNE', '1')",
+    "os.environ.update(TORCHINDUCTOR_MAX_AUTOTUNE='1')",
+    "os.environ.update({'TORCHINDUCTOR_MAX_AUTOTUNE': '1'})",
+    "os.environ |= {'TORCHINDUCTOR_MAX_AUTOTUNE': '1'}",
+    "os.environ['TORCHINDUCTOR_' + name] = '1'",
+    "os.environ[f'TORCHINDUCTOR_{name}'] = '1'",
+    "os.putenv('TORCHINDUCTOR_MAX_AUTOTUNE', '1')",
+    "torch.compile(f, mode='max-autotune')",
+    "torch.compile(f, options={'x': 1})",
+    "torch.compile(f, backend='eager')",
+    "torch.compile(f, dynamic=False, **kwargs)",
+    "@torch.compile(mode='reduce-overhead')\ndef f(): pass",
+    "functools.partial(torch.compile, mode='max-autotune')(f)",
+    "from functools import partial as p\n@p(torch.compile, options=o)\ndef f(): pass",
+    "c = functools.partial(torch.compile, dynamic=False)\nc(f, mode='max-autotune')",
+    "compile_ = torch.compile\ncompile_(f, mode='max-autotune')",
+    "a = b = torch.compile\nd = b\nd(f, mode='max-autotune')",
+    "self.c = torch.compile\nself.c(f, mode='max-autotune')",
+    "(c := torch.compile)(f, mode='max-autotune')",
+    "from torch import compile\ncompile(f, mode='max-autotune')",
+    "from torch import compile as c\nc(f, mode='max-autotune')",
+    "from torch import *\ncompile(f, mode='max-autotune')",
+    "import torch as t\nt.compile(f, mode='max-autotune')",
+    "getattr(torch, 'compile')(f, mode='max-autotune')",
+    "importlib.import_module('torch').compile(f, mode='max-autotune')",
+    "model.compile(mode='max-autotune')",
+    "compilers = [torch.compile]",
+    "a, b = torch.compile, 1",
+    "wrap(f, torch.compile)",
+    "def f(c=torch.compile): pass",
+    "c = torch.compile if on else g",
+]
+ALLOWED = [
+    "# torch._inductor.config.max_autotune = True",
+    '"""Never touches torch._inductor, nor TORCHINDUCTOR_MAX_AUTOTUNE."""',
+    "def f():\n    'torch._inductor'",
+    "print('TORCHINDUCTOR_MAX_AUTOTUNE is not set, torch._inductor is not touched')",
+    "raise ValueError('torch._inductor')",
+    "message = 'no torch._inductor here'",
+    "note.update(text='we do not set torch._inductor options')",
+    "torch._dynamo.config.recompile_limit = 64",
+    "import torch._dynamo",
+    "torch.compile(f, dynamic=False, fullgraph=True)",
+    "@torch.compile\ndef f(): pass",
+    "@torch.compile(fullgraph=True)\ndef f(): pass",
+    "c = functools.partial(torch.compile, dynamic=False, fullgraph=True)\nx, y = c(f), c(g)",
+    "compile_ = torch.compile\ncompile_(f, fullgraph=True)",
+    "from torch import compile\nf = compile(f)",
+    "@functools.partial(torch.compile, dynamic=False)\ndef f(): pass",
+    "lambda f: torch.compile(f)",
+    "re.compile('x', flags=re.M)",
+    "compile('1', 'x', mode='eval')",
+    "model.eval()",
+    "class A:\n    compile: bool = False",
+    "inductor_steps = 1",
+    "getattr(torch, name)",
+    "os.environ['OMP_NUM_THREADS'] = '1'",
+]
+
+
+@pytest.mark.parametrize("source", FORBIDDEN)
+def test_forbidden_options(tmp_path, source):
+    for track in ("nano", "medium"):
+        found = list(check.options(log_of(tmp_path), ast.parse(source), track))
+        assert found and all(text.startswith("line ") for text in found)
+
+
+@pytest.mark.parametrize("source", ALLOWED)
+def test_harmless_options(tmp_path, source):
+    assert list(check.options(log_of(tmp_path), ast.parse(source), "nano")) == []
+
+
+TUNING = "torch._inductor.config.coordinate_descent_tuning = "
+
+
+@pytest.mark.parametrize(
+    ("source", "setting", "nano", "medium"),
+    [
+        (TUNING + "True", None, False, True),
+        (TUNING + "True", "False", False, True),
+        (TUNING + "1", "False", False, True),
+        (TUNING + "track.tuning", None, False, True),
+        (TUNING + "track.tuning", "True", False, True),
+        (TUNING + "track.tuning", "False", True, True),
+        (TUNING + "False", "False", True, True),
+        ("import torch._inductor.config\n" + TUNING + "track.tuning", "False", True, True),
+        ("import torch._inductor.config as c\nc.coordinate_descent_tuning = track.tuning", "False", True, True),
+        ("from torch._inductor import config\nconfig.coordinate_descent_tuning = track.tuning", "False", True, True),
+        (
+            "import torch._inductor.config as c\nc.coordinate_descent_tuning = x\nc.max_autotune = x",
+            "False",
+            False,
+            False,
+        ),
+        ("c = torch._inductor.config\nc.coordinate_descent_tuning = x", "False", False, False),
+        (TUNING + "x\ntorch._inductor.config.max_autotune = True", "False", False, False),
+        (TUNING + "x\ntorch._inductor.config.coordinate_descent_tuning |= 1", "False", False, False),
+        ("import torch._inductor.config", "False", False, False),
+        (TUNING.replace("tuning", "check_all_directions") + "x", "False", False, False),
+    ],
+)
+def test_coordinate_descent_tuning(tmp_path, source, setting, nano, medium):
+    log = log_of(tmp_path, model__coordinate_descent_tuning=setting)
+    assert [not list(check.options(log, ast.parse(source), t)) for t in ("nano", "medium")] == [nano, medium]
+
+
+def test_options_in_the_real_source_are_found(tmp_path, capsys):
+    """The file as it is passes; with one option more, the whole set fails under that rule alone."""
+    old = "functools.partial(torch.compile, dynamic=False, fullgraph=True)"
+    assert old in SOURCE
+    forged = make_set(tmp_path, source=SOURCE.replace(old, old.replace("fullgraph=True", "mode='max-autotune'")))
+    assert rules(run_json(capsys, *forged)) == {"options"}
+
+
+# Rule: data
+
+
+def data_reasons(source: str) -> list[str]:
+    return list(check.data(ast.parse(source), reference()))
+
+
+def test_data_of_the_real_source():
+    """The file, and the file followed by the baseline's: what its log starts with."""
+    baseline = (REPO / "tests" / "benchmarks" / "gpt2_baseline.py").read_text(encoding="utf-8")
+    assert data_reasons(SOURCE) == data_reasons(f"{SOURCE}\n{baseline}") == data_reasons(EXCERPT) == []
+    assert {"Shard", "Loader", "make_row", "validation_rows", "SHARD_MAGIC", "HEADER_INTS"} <= {*reference().statements}
+    assert "Trainer" not in reference().statements
+
+
+def test_data_may_move_and_change_its_comments():
+    begin, end = SOURCE.index("def make_row("), SOURCE.index("def validation_tokens(")
+    moved = SOURCE[:begin] + SOURCE[end:] + "\n# moved\n" + SOURCE[begin:end].replace('"""A row', '"""Some row')
+    assert moved != SOURCE and data_reasons(moved) == []
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        ("n = data.val_row_tokens", "n = data.val_row_tokens // 2", "validation_rows (line"),
+        ("need = [], 0, track.data.val_tokens + 1", "need = [], 0, 1000", "validation_tokens (line"),
+        ("20240520, 1, 256", "20240520, 1, 512", "HEADER_INTS (line"),
+        ("CHUNK = 1 << 20", "CHUNK = 1 << 21", "Shard (line"),
+        (".item() / self.track.data.val_tokens", ".item() / 2**20", "Trainer.validate (line"),
+        ("    def validate(", "    def evaluate(", "Trainer.validate is defined 0 times"),
+        ("def find_shards(", "def find(", "find_shards is defined 0 times"),
+        ("class Trainer:", "class Coach:", "Trainer is defined 0 times"),
+        ("    @torch.no_grad()\n    def validate(", "    def validate(", "Trainer.validate (line"),
+        ("    def warm_up(", "    validate = cheat\n\n    def warm_up(", "Trainer.validate is defined 2 times"),
+    ],
+)
+def test_data_is_changed(old, new, reason):
+    assert SOURCE.count(old) == EXCERPT.count(old) == 1
+    found = data_reasons(EXCERPT.replace(old, new))
+    assert any(text.startswith(reason) for text in found), found
+
+
+@pytest.mark.parametrize(
+    ("extra", "reason"),
+    [
+        ("def make_row(*a): return 0", "make_row is defined 2 times"),
+        ("class Loader: pass", "Loader is defined 2 times"),
+        ("validation_rows = lambda *a: []", "validation_rows is defined 2 times"),
+        ("HEADER_INTS: int = 1", "HEADER_INTS is defined 2 times"),
+        ("HEADER_INTS += 1", "HEADER_INTS is defined 2 times"),
+        ("from mine import make_row", "make_row is defined 2 times"),
+        ("import mine as make_row", "make_row is defined 2 times"),
+        ("if True:\n    def make_row(): pass", "make_row is defined 2 times"),
+        ("for make_row in []: pass", "make_row is defined 2 times"),
+        ("try:\n    pass\nexcept Exception:\n    make_row = 1", "make_row is defined 2 times"),
+        ("class Trainer(Trainer):\n    def validate(self, *a): return 1.0", "Trainer is defined 2 times"),
+        ("def f():\n    global make_row\n    make_row = None", "global make_row"),
+        ("Trainer.validate = lambda *a: 1.0", "Trainer.validate is assigned"),
+        ("Loader._row = mine", "Loader._row is assigned"),
+        ("setattr(Trainer, 'validate', f)", "setattr"),
+        ("setattr(Shard, 'CHUNK', 1)", "setattr"),
+        ("class Mine(Loader):\n    def next(self, step): return []", "class Mine derives from Loader"),
+        ("class Mine(Trainer):\n    def validate(self): return 1.0", "class Mine has its own validate"),
+    ],
+)
+def test_data_is_shadowed(extra, reason):
+    """Also in the text of another program that follows."""
+    found = data_reasons(f"{EXCERPT}\n{extra}\n")
+    assert any(reason in text for text in found), found
+
+
+def test_data_of_other_programs(tmp_path, capsys):
+    assert data_reasons("print('hello')") == [
+        "not this repository's train_gpt.py: cannot be judged by rule; use --no-rules for its statistics"
+    ]
+    result = run_json(capsys, *make_set(tmp_path, source="print('hello')"))
+    assert rules(result) == {"data", "validation"}
+
+
+def test_reference(tmp_path, capsys):
+    """Another reference judges by its own code; one without the section is refused."""
+    other = tmp_path / "other.py"
+    other.write_text(SOURCE.replace("n = data.val_row_tokens", "n = 2 * data.val_row_tokens"))
+    paths = make_set(tmp_path / "logs")
+    result = run_json(capsys, *paths, "--reference", other)
+    assert rules(result) == {"data"} and result["broken"][0]["reason"].startswith("validation_rows")
+    for text in ("pass", "def (", "\0"):
+        other.write_text(text)
+        code, _, err = run(capsys, *paths, "--reference", other)
+        assert code == 2 and str(other) in err
+    assert run(capsys, *paths, "--reference", tmp_path / "none.py")[0] == 2
+
+
+# Logs of other programs, and what is no log
+
+PUBLIC = {
+    "without averages": [f"step:{i}/20 val_loss:{3.2 + i / 1000} train_time:{i * 100}ms" for i in (0, 10, 20)],
+    "llm.c": ["s:0 tel:10.9", "s:250 tel:4.1", "s:500 trl:3.3", "s:500 tel:3.22"],
+    "nan averages": [
+        *(f"step:{i}/20 train_loss:5.0 train_time:{i}ms step_avg:nanms" for i in range(1, 12)),
+        *(f"step:{i}/20 train_loss:5.0 train_time:{(i - 10) * 50}ms step_avg:50.00ms" for i in range(12, 21)),
+        "step:20/20 val_loss:3.22 train_time:500ms step_avg:50.00ms",
+    ],
+    "seconds": ["step:10/20 train_loss:5.0 train_time:1.5s", "step:20/20 val_loss:3.22 train_time:3.0s"],
+    "no totals": ["step:10 val_loss:4.0 train_time:10ms", "step:20 val_loss:3.22 train_time:20ms step_avg:1.00ms"],
+}
+
+
+@pytest.mark.parametrize("kind", PUBLIC)
+def test_public_logs(tmp_path, capsys, kind):
+    paths = []
+    for i, loss in enumerate((3.22, 3.2205, 3.221)):
+        paths.append(tmp_path / f"{i}.log")
+        lines = [*PUBLIC[kind][:-1], PUBLIC[kind][-1].replace("3.22", str(loss))]
+        paths[-1].write_text("\n".join(["import torch", LINE, "Running PyTorch", LINE, *lines]))
+    result = run_json(capsys, *paths, "--no-rules", "--track", "small")
+    assert result["losses"] == [3.22, 3.2205, 3.221] and result["p"] < 0.01 and result["target"] == 3.28
+    bad = tmp_path / "bad.log"  # would silently drop out of the mean
+    bad.write_text(f"{LINE}\n{LINE}\nstep:20/20 val_loss:nan train_time:500ms")
+    code, _, err = run(capsys, *paths, bad, "--no-rules", "--track", "small")
+    assert code == 2 and "bad.log: no finite loss" in err
+    assert result["passed"] is None and result["verdict"] == "statistics only" and result["broken"] == []
+    assert len(result["times"]) == (0 if kind == "llm.c" else 3)
+    code, out, _ = run(capsys, *paths, "--no-rules", "--track", "small", "--against", *paths)
+    assert code == 0 and out.endswith("statistics only\n")
+    code, _, err = run(capsys, *paths, "--no-rules")
+    assert code == 2 and "add --track" in err
+    result = run_json(capsys, *paths, "--track", "small")
+    assert "data" in rules(result)
+    assert any("use --no-rules" in broken["reason"] for broken in result["broken"])
+
+
+def test_user_errors(tmp_path, capsys):
+    """One message, exit code 2, no traceback."""
+    good = make_log(tmp_path / "good.txt", source="pass")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "binary.txt").write_bytes(bytes(range(256)) * 9)
+    (tmp_path / "zeros.txt").write_bytes(bytes(99))
+    (tmp_path / "text.txt").write_text("hello\n")
+    for name, reason in {
+        "missing.txt": "cannot read",
+        "empty": "no *.txt in this folder",
+        "empty.txt": "is it a log?",
+        "binary.txt": "not text",
+        "zeros.txt": "not text",
+        "text.txt": "is it a log?",
+    }.items():
+        for arguments in ([tmp_path / name], [good, tmp_path / name], [good, "--against", tmp_path / name]):
+            code, out, err = run(capsys, *arguments)
+            assert (code, out) == (2, "") and reason in err and name in err and err.count("\n") == 1
+    code, _, err = run(capsys, good, "--track", "giant")
+    assert code == 2 and "unknown track 'giant'; there are: nano, small" in err
+    lines = event_lines(1.08, 10.0)[:-1]
+    code, _, err = run(capsys, make_log(tmp_path / "short.txt", lines=lines, source="pass"))
+    assert code == 2 and "short.txt: no finite loss" in err
+
+
+def test_truncated_logs(tmp_path, capsys):
+    """Cut at any place, a log never passes; cut inside an event, the message names the line if it does not parse."""
+    whole = make_set(tmp_path, source="pass")
+    text = whole[0].read_text()
+    begin = text.rindex(LINE)
+    outcomes = set()
+    for end in [*range(0, begin, 97), *range(begin, len(text) - 1)]:
+        (tmp_path / "cut").write_text(text[:end])
+        try:
+            log = parse_log(tmp_path / "cut")
+        except LogError as error:
+            outcomes.add("unparseable")
+            assert f"line {text[:end].count(chr(10)) + 1}:" in str(error)
+        else:
+            outcomes.add("incomplete")
+            assert list(check.complete(log))
+    assert outcomes == {"unparseable", "incomplete"}
+    (tmp_path / "cut").write_text(text[: text.rindex("step_avg") + 4])
+    code, out, err = run(capsys, tmp_path / "cut", *whole[1:])
+    assert code == 2 and not out and f"line {text[: text.rindex('step_avg')].count(chr(10)) + 1}: " in err
+    (tmp_path / "cut").write_text(text[: text.rindex("step:12")])  # just before the last validation
+    result = run_json(capsys, tmp_path / "cut", *whole[1:])
+    assert "complete" in rules(result) and len(result["losses"]) == 2
+
+
+MINI = """SHARD_MAGIC, HEADER_INTS = 1, 256
+class Trainer:
+    def validate(self, settings):
+        return 1.0
+NANO = Track(name="nano", target_loss=1.22, data=DataConfig(bos=256, val_tokens=524_288))
+run = torch.compile(train, dynamic=False)
+"""
+
+
+def judge_all(log: Log, other: Log) -> list:
+    """Every rule, on a log that may be anything."""
+    reference = check.Reference({"SHARD_MAGIC": "", "HEADER_INTS": ""}, "")
+    broken = check.broken_rules([log, other], [log, other], NANO, True, reference)
+    losses, times = check.final_values([log, other])
+    check.p_below(losses, 1.22)
+    check.compare(losses, times, [other, log])
+    return broken
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_mutated_logs_never_crash(tmp_path, data):
+    path = make_log(tmp_path / "whole.txt", source=MINI)
+    whole, content = parse_log(path), bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(0, 6))):
+        at = data.draw(st.integers(0, len(content)))
+        kind = data.draw(st.sampled_from(("replace", "insert", "delete", "cut", "swap")))
+        if kind == "replace":
+            content[at : at + 1] = data.draw(st.binary(min_size=1, max_size=1))
+        elif kind == "insert":
+            content[at:at] = data.draw(
+                st.sampled_from((b"\n", b"9", b"-", b"e999", b":", b" ", b"\xff", b"nan", b"0" * 400))
+            )
+        elif kind == "delete":
+            del content[at : at + data.draw(st.integers(1, 200))]
+        elif kind == "cut":
+            del content[at:]
+        else:
+            content = content[at:] + content[:at]
+    (tmp_path / "mutated.txt").write_bytes(content)
+    try:
+        log = parse_log(tmp_path / "mutated.txt")
+    except LogError:
+        return
+    if log.events:
+        json.dumps([broken.reason for broken in judge_all(log, whole)])
+
+
+def test_as_a_user_starts_it(tmp_path):
+    """From another folder: exit codes 0 and 2, a message instead of a traceback."""
+    make_set(tmp_path / "logs", source=SOURCE)
+    command = [sys.executable, str(SCRIPT)]
+    done = subprocess.run([*command, "logs"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stdout.endswith("pass\n") and not done.stderr
+    (tmp_path / "logs" / "3.txt").write_text("no log")
+    done = subprocess.run([*command, "logs"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and done.stderr.startswith("records/check.py: error: ") and not done.stdout
