@@ -137,7 +137,7 @@ def run_all(variants: list[str], seeds: int, out: Path, jobs: int, extra: list[s
                 bar.set_postfix_str("{}, seed {}".format(*runs[future]))
                 if error := future.exception():
                     failures.append(str(error))
-                    tqdm.write(str(error))
+                    tqdm.write(str(error), file=sys.stderr)
                 bar.update()
         except KeyboardInterrupt:
             pool.shutdown(cancel_futures=True)

@@ -110,7 +110,7 @@ def main() -> None:
     except (LogError, OSError, KeyError, ValueError) as error:
         sys.exit(f"records/tables.py: error: {error}")
     for path in stale:
-        print(f"{'not current' if options.check else 'written'}: {path.relative_to(RECORDS.parent)}")
+        print(f"{'not current' if options.check else 'written'}: {path}")
     sys.exit(1 if stale and options.check else 0)
 
 

@@ -1,0 +1,117 @@
+"""records/ablate.py: its variants are what they are called, its table is right, and it goes on where it stopped."""
+
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import REPO, tiny_options
+from scipy import stats
+
+import ablate
+import train_gpt
+from ablate import FULL, VARIANTS, Result
+from runlogs import LogError, parse_log
+
+LINE = "=" * 100
+
+
+def changed_by(*words: str) -> dict[str, object]:
+    """The numbers of `nano` that options of the command line change."""
+    track, _ = train_gpt.parse_command(["nano", *words])
+    before, after = train_gpt.flatten(train_gpt.NANO), train_gpt.flatten(track)
+    return {key: value for key, value in after.items() if value != before.get(key)}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_variant_is_a_value_of_the_track(variant):
+    """Catches: an option that has another name by now, or that changes nothing because it is the default."""
+    changed = changed_by(*VARIANTS[variant])
+    assert bool(changed) == (variant != FULL)
+    train_gpt.GPT(train_gpt.parse_command(["nano", *VARIANTS[variant]])[0].model, train_gpt.Runtime("cpu"))
+
+
+def test_variants_that_change_the_batch_or_the_tying_do_so():
+    steps = range(train_gpt.NANO.schedule.total_steps)
+
+    def settings_of(variant: str) -> list[train_gpt.Settings]:
+        track, _ = train_gpt.parse_command(["nano", *VARIANTS[variant]])
+        return [track.at(step) for step in steps]
+
+    tokens = lambda variant: sum(at.stage.tokens for at in settings_of(variant))
+    assert tokens("same batch in all stages") == pytest.approx(tokens(FULL), rel=2e-3)
+    assert all(at.tied for at in settings_of("always tied"))
+    assert not any(at.tied for at in settings_of("never tied")[2:])
+    assert len({at.frequencies for at in settings_of("no YaRN")}) == 1
+    assert {at.prediction_weights for at in settings_of("next-token prediction only")} == {(1.0,)}
+
+
+def made_log(path: Path, losses: list[float], seed: int = 0, source: str | None = None, end: bool = True) -> Path:
+    """A complete log with validations every 50 steps, 10 s apart."""
+    source = (REPO / "train_gpt.py").read_text() if source is None else source
+    total = 50 * (len(losses) - 1)
+    lines = [source, LINE, "target_loss: 1.22", f"seed: {seed}", LINE]
+    for i, loss in enumerate(losses):
+        lines.append(f"step:{50 * i}/{total} val_loss:{loss:.4f} train_time:{10000 * i}ms step_avg:200.00ms")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines + ["peak memory allocated: 9 MiB reserved: 9 MiB"] * end) + "\n")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("losses", "seconds"), [((5.5, 2.0, 1.32, 1.12), 25.0), ((5.5, 1.22, 1.1), 10.0), ((5.5, 1.4, 1.3), None)]
+)
+def test_time_to_target_is_interpolated(tmp_path, losses, seconds):
+    log = parse_log(made_log(tmp_path / "run.txt", list(losses)))
+    assert ablate.seconds_to_target(log) == (None if seconds is None else pytest.approx(seconds))
+
+
+def test_only_complete_logs_of_this_source_count(tmp_path):
+    """Catches: a cut-off run in the table; results of two versions of train_gpt.py mixed."""
+    folder = ablate.folder_of(FULL, tmp_path)
+    made_log(folder / "a.txt", [5.5, 1.3, 1.2], seed=0)
+    made_log(folder / "b.txt", [5.5, 1.3, 1.1], seed=1, end=False)
+    assert ablate.find_results(tmp_path) == [Result(FULL, 0, 1.2, 20.0, pytest.approx(18.0))]
+    made_log(folder / "c.txt", [5.5, 1.3, 1.2], seed=2, source="print('another')")
+    with pytest.raises(LogError, match=r"c\.txt is of another train_gpt\.py"):
+        ablate.find_results(tmp_path)
+
+
+def test_the_table_pairs_by_seed_and_survives_the_csv(tmp_path):
+    """Against scipy's paired test on fixed numbers."""
+    full, other = [1.00, 1.10, 1.05], [1.08, 1.12, 1.15]
+    results = [Result(FULL, seed, loss, 100.0, 90.0) for seed, loss in enumerate(full)]
+    results += [Result("no smear", seed, loss, 110.0, None if seed else 99.0) for seed, loss in enumerate(other)]
+    results += [Result("no skip", 7, 1.0, 100.0, 80.0)]  # no run of the full recipe to pair it with
+    ablate.write_csv(results, tmp_path / "ablation.csv")
+    assert ablate.read_csv(tmp_path / "ablation.csv") == results
+    *_, first, second = ablate.table(results).splitlines()
+    p = stats.ttest_rel(other, full).pvalue
+    change = statistics.mean(other) - statistics.mean(full)
+    assert first == f"| {FULL} | 3 | 1.0500 |  |  | 90 s | 1.00 |"
+    assert second == f"| no smear | 3 | 1.1167 | {change:+.4f} | {p:.2g} | 99 s (1 of 3 runs) | 1.10 |"
+
+
+def test_it_trains_what_is_missing_and_keeps_what_is_there(tiny_data, tmp_path):
+    """The command, on the tiny track: two runs, a table, and nothing left to do on the second call."""
+    command = [sys.executable, REPO / "records" / "ablate.py", "--seeds", "1", "--only", "no smear", "--out", tmp_path]
+    extra = ["--extra", *tiny_options(), "--data-dir", tiny_data, "--device", "cpu"]
+    calls = [
+        subprocess.run([*map(str, [*command, *extra])], capture_output=True, text=True, timeout=300) for _ in range(2)
+    ]
+    for call in calls:
+        assert call.returncode == 0, call.stderr
+        assert "| full recipe | 1 |" in call.stdout and "| no smear | 1 |" in call.stdout
+    assert calls[0].stdout == calls[1].stdout
+    assert len(list((tmp_path / "logs").rglob("*.txt"))) == 2
+    assert "./run.sh nano --model.no-smear" in (tmp_path / "ablation.md").read_text()
+    events = [json.loads(line) for path in tmp_path.rglob("*.jsonl") for line in path.read_text().splitlines()]
+    assert len(events) == 2 * (20 + 2 + 2)  # steps, their training losses, validations at both ends
+
+
+def test_a_run_that_fails_is_reported_and_the_others_go_on(tiny_data, tmp_path):
+    command = [sys.executable, REPO / "records" / "ablate.py", "--seeds", "1", "--only", "no smear", "--out", tmp_path]
+    done = subprocess.run([*map(str, command), "--extra", "--data-dir", "/nowhere"], capture_output=True, text=True)
+    assert done.returncode == 1 and "2 runs failed" in done.stderr and "no shard" in done.stderr

@@ -1,0 +1,64 @@
+"""records/tables.py: the tables in the README files are those of the logs and CSV files that lie there."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import REPO
+from scipy import stats
+
+import tables
+
+LINE = "=" * 100
+
+
+def write_record(folder: Path, title: str, losses: list[float], seconds: list[float]) -> None:
+    folder.mkdir(parents=True)
+    (folder / "README.md").write_text(f"# {title}\n\nText.\n")
+    for i, (loss, time) in enumerate(zip(losses, seconds, strict=True)):
+        log = ["source", LINE, "CPU: Some CPU @ 2 GHz, 2 threads, AVX2", "name: nano", "target_loss: 1.22", LINE]
+        log.append(f"step:10/10 val_loss:{loss:.4f} train_time:{1000 * time:.0f}ms step_avg:{100 * time:.2f}ms")
+        (folder / f"{i}.txt").write_text("\n".join(log) + "\n")
+
+
+def test_the_tables_of_the_repository_are_current():
+    """Catches: a number in a README that was typed, or a record that was added without its row."""
+    check = subprocess.run([sys.executable, REPO / "records" / "tables.py", "--check"], capture_output=True, text=True)
+    assert check.returncode == 0, f"{check.stdout}{check.stderr} run: python records/tables.py"
+
+
+def test_a_table_that_is_not_current_is_named(tmp_path, monkeypatch, capsys):
+    """Catches: a check that cannot fail, a rewrite that is not the same twice or that touches text around the table."""
+    page = tmp_path / "README.md"
+    page.write_text("Before\n\n<!-- table: history medium -->\nold\n<!-- end of table -->\n\nAfter\n")
+    monkeypatch.setattr(tables, "FILES", (page,))
+
+    def run(*words: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["tables.py", *words])
+        with pytest.raises(SystemExit) as end:
+            tables.main()
+        return end.value.code
+
+    assert run("--check") == 1 and "not current" in capsys.readouterr().out and "old" in page.read_text()
+    assert run() == 0 and run("--check") == 0
+    text = page.read_text()
+    assert text.startswith("Before\n\n<!-- table: history medium -->\n| # | seconds |") and text.endswith("\n\nAfter\n")
+    assert text.count("\n| ") == 2 + 18
+    page.write_text(text.replace("| 1041 |", "| 1040 |"))
+    assert run("--check") == 1
+
+
+def test_the_leaderboard_is_made_of_logs(tmp_path):
+    """Against scipy and plain means, from records that are made up."""
+    first, second = [1.20, 1.21, 1.19], [1.10, 1.12, 1.11]
+    write_record(tmp_path / "nano" / "2026-01-02_baseline", "The baseline", first, [300.0, 320.0, 280.0])
+    write_record(tmp_path / "nano" / "2026-02-03_muon", "Muon", second, [100.0, 90.0, 110.0])
+    (tmp_path / "nano" / "ablation").mkdir()  # no record
+    *_, a, b = tables.leaderboard(tmp_path).splitlines()
+    p, q = (stats.ttest_1samp(losses, 1.22, alternative="less").pvalue for losses in (first, second))
+    cpu = "Some CPU @ 2 GHz, 2 threads"
+    link = "[The baseline](nano/2026-01-02_baseline)"
+    assert a == f"| nano | 2026-01-02 | {link} | 3 | 1.2000 ± 0.0100 | {p:.2g} | 300.0 (300.0) | {cpu} |  |"
+    link = "[Muon](nano/2026-02-03_muon)"
+    assert b == f"| nano | 2026-02-03 | {link} | 3 | 1.1100 ± 0.0100 | {q:.2g} | 100.0 (100.0) | {cpu} | 3.00 × |"
