@@ -1,6 +1,7 @@
 """Helpers shared by the tests: shard files, a tiny track, processes as a user starts them."""
 
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -20,6 +21,9 @@ if str(REPO) not in sys.path:  # for scripts in tests/; pytest itself has it fro
 
 if not torch.cuda.is_available():  # read when kernels are defined: they run on the CPU, statement by statement
     os.environ["TRITON_INTERPRET"] = "1"
+
+# A shell that runs the tests in the background has them ignore Ctrl-C, which the processes they start would inherit.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import train_gpt  # noqa: E402 - only now is it on the path
 from train_gpt import NANO, Runtime, Track  # noqa: E402
