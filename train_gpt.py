@@ -12,27 +12,35 @@ learning rate, momentum, rotary frequencies, whether the embedding is tied, ...)
 
 from __future__ import annotations
 
+import codecs
+import contextlib
 import ctypes
 import dataclasses
+import datetime
 import functools
+import hashlib
 import json
 import math
 import os
 import platform
+import re
 import secrets
+import shutil
+import signal
 import subprocess
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 import numpy as np
+import safetensors.torch
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -1100,7 +1108,7 @@ class Optimizer:
                     f"{runtime.world_size} processes cannot cut {name} {tuple(p.shape)} into equal pieces: use "
                     f"fewer, or another width or vocabulary padding (--model.vocab-multiple)."
                 )
-            piece = self._piece(name, p)
+            piece = self.piece(name, p)
             wide = torch.promote_types(p.dtype, torch.float32)
             zeros = lambda *shape, dtype=wide, p=p: torch.zeros(shape, dtype=dtype, device=p.device)
             if rules[name].kind != "adam":
@@ -1126,7 +1134,7 @@ class Optimizer:
             compiled = functools.partial(torch.compile, dynamic=False, fullgraph=True)
             self._normuon_update, self._adam_update = compiled(normuon_update), compiled(adam_update)
 
-    def _piece(self, name: str, tensor: Tensor) -> Tensor:
+    def piece(self, name: str, tensor: Tensor) -> Tensor:
         """The part of a parameter-shaped tensor that this rank updates, as a view: whole matrices, or flat memory."""
         world, rank = (self.runtime.world_size, self.runtime.rank) if self.rules[name].sharded else (1, 0)
         if self.rules[name].kind != "adam":
@@ -1159,7 +1167,7 @@ class Optimizer:
         if settings.tied and name == "head":
             grad += self.params["embed"].grad.T
             self.params["embed"].grad = None
-        piece, work = self._piece(name, grad), None
+        piece, work = self.piece(name, grad), None
         if world > 1 and self.rules[name].sharded:
             piece = torch.empty_like(piece)
             work = reduce_scatter_single(piece.view(-1), grad.view(-1), async_op=True)
@@ -1179,7 +1187,7 @@ class Optimizer:
             grad, work = self._sums.pop(name)
             if work is not None:
                 work.wait()
-            piece = self._piece(name, p[name].data)
+            piece = self.piece(name, p[name].data)
             update = self._update_flat if self.rules[name].kind == "adam" else self._update_matrices
             update(name, piece, grad, settings)
             p[name].grad = None
@@ -1240,7 +1248,7 @@ class Optimizer:
             if world > 1:
                 whole = torch.empty(piece.numel() * world, dtype=piece.dtype, device=piece.device)
                 all_gather_single(whole.view(torch.uint8), piece.view(torch.uint8))  # bytes: no backend knows int16
-            self.state["embed"][key].copy_(self._piece("embed", whole.view(shape).T.contiguous()))
+            self.state["embed"][key].copy_(self.piece("embed", whole.view(shape).T.contiguous()))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1338,13 +1346,13 @@ class GPT(nn.Module):
             row.cu_seqlens,
             row.max_seqlen,
             settings.windows,
-            self._rotary_tables(row, settings),
+            self._rotary_tables(settings, 0, len(row.inputs)),
             settings.attn_scale,
             weights,
         )
 
-    def _rotary_tables(self, row: Row, settings: Settings) -> tuple[Tensor, Tensor]:
-        return rotary_tables(settings.frequencies, 2 * len(row.inputs), row.inputs.device, self.embed.dtype)
+    def _rotary_tables(self, settings: Settings, begin: int, end: int) -> Tables:
+        return rotary_tables(settings.frequencies, begin, end, self.embed.device, self.embed.dtype)
 
     def _row_loss(self, inputs, targets, cu_seqlens, max_seqlen, windows, tables, attn_scale, weights):
         x = self.hidden(inputs, cu_seqlens, max_seqlen, windows, tables, attn_scale)
@@ -1362,8 +1370,9 @@ class GPT(nn.Module):
         cu_seqlens: Tensor,  # int32
         max_seqlen: int,
         windows: tuple[int, int],
-        tables: tuple[Tensor, Tensor],  # cos and sin for 2T positions
+        tables: Tables,
         attn_scale: float,
+        cache: Cache | None = None,  # what came before `tokens`, one document; then cu_seqlens and max_seqlen go unread
     ) -> Tensor:  # (T, d)
         """The normed stream from which the head predicts."""
         c, T, g = self.config, tokens.size(0), self.config.gate_dim
@@ -1376,8 +1385,10 @@ class GPT(nn.Module):
 
         e = F.embedding(tokens, self.embed)
         if c.smear:
-            smear = self.smear_lambda * torch.sigmoid(e[1:, :g] @ self.smear_gate)
-            e = torch.cat((e[:1], e[1:] + smear[:, None] * e[:-1]))
+            before = e[:-1] if cache is None else cache.shifted("embed", e)
+            first = T - len(before)  # 1 at the start of a row, whose first token has none before it
+            smear = self.smear_lambda * torch.sigmoid(e[first:, :g] @ self.smear_gate)
+            e = torch.cat((e[:first], e[first:] + smear[:, None] * before))
         x = x0 = norm(e)
         x02 = norm(F.embedding(tokens, self.embed2)) if c.second_embed else None
         outputs: dict[int, Tensor] = {}
@@ -1399,7 +1410,7 @@ class GPT(nn.Module):
                     ve = gate[..., None] * F.embedding(tokens, value_embeds[table]).view(T, c.num_heads, c.head_dim)
                 else:
                     ve = None
-                y = self.attend(layer, qkv, ve, cu_seqlens, max_seqlen, windows, tables, attn_scale)
+                y = self.attend(layer, qkv, ve, cu_seqlens, max_seqlen, windows, tables, attn_scale, cache)
                 if c.attention_gates:
                     y = y * torch.sigmoid(F.linear(h[:, :g], self.attn_gates[layer.attention]))[..., None]
                 x = x + F.linear(y.flatten(1), sa_o * w_o[0])
@@ -1418,44 +1429,123 @@ class GPT(nn.Module):
         cu_seqlens: Tensor,
         max_seqlen: int,
         windows: tuple[int, int],
-        tables: tuple[Tensor, Tensor],  # cos and sin for 2T positions
+        tables: Tables,
         attn_scale: float,
+        cache: Cache | None,
     ) -> Tensor:  # (T, H, D)
         """QK-norm, rotary embedding, key offset, paired heads, attention."""
         T, _, H, D = qkv.shape
         # Paired heads: (T, H, D) is read as 2T positions of H/2 heads, head h at 2t and head h + H/2 at 2t + 1.
         G = 2 if layer.paired else 1
-        cos, sin = (table[: G * T].view(T, 1, G, 1, D) for table in tables)
+        cos, sin = (table.view(T, 1, G, 1, D) for table in tables[G - 1])
         q, k = rotate(norm(qkv[:, :2]).view(T, 2, G, H // G, D), cos, sin).unbind(1)
         v = qkv[:, 2] if ve is None else qkv[:, 2] + ve
         if (
             layer.long and self.config.key_offset
         ):  # partial key offset: the stationary dims of a key come from the token before
-            k = torch.cat((k[..., : D // 2], torch.cat((k[:1, ..., D // 2 :], k[:-1, ..., D // 2 :]))), dim=-1)
+            still = k[..., D // 2 :]
+            before = still[:-1] if cache is None else cache.shifted(f"still {layer.attention}", still)
+            k = torch.cat((k[..., : D // 2], torch.cat((still[: T - len(before)], before))), dim=-1)
         q, k, v = (x.reshape(G * T, H // G, D) for x in (q, k, v))
         window = windows[1] if layer.long else windows[0]
+        if cache is not None:
+            return cache.attend(layer.attention, q, k, v, attn_scale, window).reshape(T, H, D)
         return attention(q, k, v, G * cu_seqlens, G * max_seqlen, attn_scale, window).reshape(T, H, D)
 
     @torch.no_grad()
     def logits(self, row: Row, settings: Settings) -> Tensor:
         """Logits (T, V) of a row after the soft-cap, at least float32."""
-        tables = self._rotary_tables(row, settings)
+        tables = self._rotary_tables(settings, 0, len(row.inputs))
         x = self.hidden(row.inputs, row.cu_seqlens, row.max_seqlen, settings.windows, tables, settings.attn_scale)
         return softcapped(x @ self.head)
+
+    @torch.no_grad()
+    def decode(self, tokens: Tensor, settings: Settings, cache: Cache) -> Tensor:
+        """Logits (T, V) of the next tokens (T,) of the document in the cache, which takes them in."""
+        tables = self._rotary_tables(settings, cache.length, cache.length + len(tokens))
+        x = self.hidden(tokens, None, 0, settings.windows, tables, settings.attn_scale, cache)
+        cache.length += len(tokens)
+        return softcapped(x @ self.head)
+
+
+class Cache:
+    """What a model has to remember of a document in order to go on with it: no more than its windows."""
+
+    def __init__(self):
+        self.length = 0  # tokens so far
+        self._last: dict[str, Tensor] = {}
+        self._keys: dict[int, tuple[Tensor, Tensor]] = {}  # by layer: keys and values of the last `window` positions
+
+    def shifted(self, name: str, x: Tensor) -> Tensor:
+        """x, moved on by one token: the last one of the call before comes first, where there was one."""
+        shifted = torch.cat((self._last[name], x[:-1])) if name in self._last else x[:-1]
+        self._last[name] = x[-1:]
+        return shifted
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int) -> Tensor:
+        """Attention of new positions to themselves and the cached ones, at most `window` back. All (T, heads, D)."""
+        T = len(q)
+        if layer in self._keys:
+            k, v = (torch.cat(pair) for pair in zip(self._keys[layer], (k, v), strict=True))
+        self._keys[layer] = tuple(x[max(len(x) - window, 0) :] for x in (k, v))
+        back = torch.arange(len(k) - T, len(k), device=q.device)[:, None] - torch.arange(len(k), device=q.device)
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+        mask = (back >= 0) & (back <= window)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)[0].transpose(0, 1)
+
+
+@torch.no_grad()
+def generate(
+    model: GPT,
+    settings: Settings,
+    prompt: list[int],
+    num_tokens: int,
+    seed: int = 0,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    piece: int = 256,
+) -> Iterator[int]:
+    """Yield tokens drawn from the model after a prompt that begins with BOS, until it ends the document with BOS.
+
+    A long prompt is read in pieces. Costs the same for every token, however long the text has become.
+    """
+    generator, cache = torch.Generator().manual_seed(seed), Cache()
+    pending = torch.tensor(prompt, device=model.embed.device)
+    for _ in range(num_tokens):
+        for tokens in pending.split(piece):
+            logits = model.decode(tokens, settings, cache)
+        last = logits[-1, : model.config.vocab_size].double().cpu()
+        if top_k is not None:
+            last[last < last.topk(min(top_k, len(last))).values[-1]] = -math.inf
+        token = int(last.argmax())
+        if temperature > 0:
+            token = int(torch.multinomial((last / temperature).softmax(-1), 1, generator=generator))
+        if token == prompt[0]:
+            return
+        yield token
+        pending = torch.tensor([token], device=model.embed.device)
+
+
+# cos and signed sin for `rotate`, each (positions, D): of T tokens, and of their 2T positions where heads are paired.
+Tables = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @functools.lru_cache(maxsize=2)  # a training and a validation row; recomputed inside the graph they cost more
 def rotary_tables(
-    frequencies: tuple[float, ...], positions: int, device: torch.device, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """cos and signed sin for `rotate`, each (positions, D): D/4 frequencies turn the first half, the rest stands still.
+    frequencies: tuple[float, ...], begin: int, end: int, device: torch.device, dtype: torch.dtype
+) -> Tables:
+    """Tables of the tokens from `begin` to `end`: D/4 frequencies turn the first half, the rest stands still.
 
     Angles are float64: in float32 they are 0.03 rad off at position 500,000.
     """
     turns = torch.tensor(frequencies, device=device, dtype=torch.float64).repeat_interleave(2)
-    angles = torch.arange(positions, device=device, dtype=torch.float64)[:, None] * F.pad(turns, (0, turns.numel()))
-    sign = torch.tensor([1.0, -1.0], device=device, dtype=torch.float64).repeat(turns.numel())
-    return angles.cos().to(dtype), (angles.sin() * sign).to(dtype)
+    turns, sign = F.pad(turns, (0, turns.numel())), torch.tensor([1.0, -1.0], device=device, dtype=torch.float64)
+
+    def table(begin: int, end: int) -> tuple[Tensor, Tensor]:
+        angles = torch.arange(begin, end, device=device, dtype=torch.float64)[:, None] * turns
+        return angles.cos().to(dtype), (angles.sin() * sign.repeat(len(turns) // 2)).to(dtype)
+
+    return table(begin, end), table(2 * begin, 2 * end)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1693,6 +1783,250 @@ def validation_rows(track: Track, tokens: np.ndarray, runtime: Runtime) -> Itera
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Checkpoints: state -> files -> state of any number of ranks
+# ----------------------------------------------------------------------------------------------------------------------
+#
+# <folder>/<run id>/step_000500/rank_0_of_2.safetensors and beside it its SHA-256, as `sha256sum -c` reads it. Every
+# rank writes what it owns: its pieces of sharded parameters and of their optimizer state; rank 0 also what is
+# replicated. Nothing in a checkpoint can execute code: tensors, and numbers as JSON.
+
+
+@dataclass(frozen=True)
+class Progress:
+    """All of a checkpoint that is not a tensor."""
+
+    run_id: str
+    step: int  # steps done
+    seconds: float  # on the clock
+    loader: LoaderPosition
+    log_bytes: int  # length of the log and of its metrics so far: what comes later is written again
+    metrics_bytes: int
+    source: str  # SHA-256 of train_gpt.py
+    settings: dict[str, object]  # of the track, flat, with seed and dtype
+    world_size: int
+
+    @staticmethod
+    def parse(text: str) -> Progress:
+        """From JSON. Raises ValueError, KeyError or TypeError where it is not one."""
+        values = json.loads(text)
+        values["loader"] = LoaderPosition(**values["loader"])
+        progress = Progress(**values)
+        if not re.fullmatch(r"[\w-]+", progress.run_id):  # it becomes part of a path
+            raise ValueError(f"run id {progress.run_id!r}")
+        return progress
+
+
+class CheckpointError(SpeedrunError):
+    """A checkpoint is torn, damaged or foreign."""
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Give a finished file its name; after a crash it is there whole or not at all."""
+    with open(temporary, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    if os.name == "posix":
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def write_checkpoint(folder: Path, rank: int, tensors: dict[str, Tensor], progress: Progress) -> None:
+    """Write this rank's file into the folder of a step. Raises OSError; no half-written file has a final name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"rank_{rank}_of_{progress.world_size}.safetensors"
+    parts = [path.with_suffix(suffix + ".part") for suffix in (".safetensors", ".sha256")]
+    try:
+        metadata = {"progress": json.dumps(dataclasses.asdict(progress))}
+        safetensors.torch.save_file(tensors, parts[0], metadata)
+        parts[1].write_text(f"{digest(parts[0])}  {path.name}\n")
+        publish(parts[1], path.with_suffix(".sha256"))
+        publish(parts[0], path)
+    except safetensors.SafetensorError as error:  # how it reports a full disk
+        raise OSError(str(error)) from error
+    finally:
+        for part in parts:
+            part.unlink(missing_ok=True)
+
+
+class Checkpoint:
+    """A complete checkpoint on disk, of all ranks that wrote it. Raises CheckpointError where it is not."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        files = sorted(folder.glob("rank_*_of_*.safetensors"))
+        match = re.fullmatch(r"rank_0_of_([1-9]\d{0,3})\.safetensors", files[0].name) if files else None
+        world_size = int(match[1]) if match else 0
+        self.files = [folder / f"rank_{rank}_of_{world_size}.safetensors" for rank in range(world_size)]
+        missing = [file.name for file in self.files if not file.exists()] or (
+            [] if match else ["rank_0_of_….safetensors"]
+        )
+        if missing:
+            raise CheckpointError(f"{folder}: not complete, {missing[0]} is missing")
+        parsed = [self._verified(file) for file in self.files]
+        self.progress = parsed[0]
+        key = lambda progress: (progress.run_id, progress.step, progress.source, progress.settings, world_size)
+        if any(key(other) != key(self.progress) for other in parsed) or self.progress.world_size != world_size:
+            raise CheckpointError(f"{folder}: its files belong to different checkpoints")
+
+    def _verified(self, path: Path) -> Progress:
+        """Compare a file with its digest, and read its numbers."""
+        try:
+            expected = path.with_suffix(".sha256").read_text().split()[:1]
+            if expected != [digest(path)]:
+                raise CheckpointError(f"{path}: damaged: its SHA-256 is not that of {path.with_suffix('.sha256').name}")
+            with safetensors.safe_open(path, framework="pt") as file:
+                return Progress.parse((file.metadata() or {})["progress"])
+        except (OSError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{path}: cannot be read ({error})") from error
+        except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path}: not a checkpoint of train_gpt.py ({error!r})") from error
+
+    def changes(self, track: Track, options: Options, runtime: Runtime) -> list[str]:
+        """What is another than when the checkpoint was written."""
+        before, now = self.progress.settings, identity(track, options, runtime)
+        changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+        found = [f"{key} was {before.get(key)}, is {now.get(key)}" for key in changed[:5]]
+        if len(changed) > 5:
+            found.append(f"and {len(changed) - 5} more")
+        if self.progress.source != digest(Path(__file__)):
+            found.append("train_gpt.py has changed")
+        return found
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """All tensors by name, on the CPU; those in pieces are joined along their first dimension, rank by rank."""
+        with contextlib.ExitStack() as stack:
+            files = [stack.enter_context(safetensors.safe_open(path, framework="pt")) for path in self.files]
+            names = [set(file.keys()) for file in files]
+            for name in sorted(names[0]):
+                pieces = [file.get_tensor(name) for file, has in zip(files, names, strict=True) if name in has]
+                yield name, torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+
+
+class Saver:
+    """Writes the checkpoints of a run in the background, one at a time, and removes old ones."""
+
+    def __init__(self, track: Track, options: Options, log: RunLog, runtime: Runtime):
+        self.every, self.final, self.keep = options.save_every, options.save_final, options.keep_checkpoints
+        self.log, self.runtime = log, runtime
+        self.folder = options.checkpoint_dir / log.run_id
+        self.source, self.settings = digest(Path(__file__)), identity(track, options, runtime)
+        self.latest: Path | None = None
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future | None = None
+
+    @property
+    def on(self) -> bool:
+        return bool(self.every or self.final)
+
+    def due(self, step: int, stop: int) -> bool:
+        """Whether a checkpoint is to be written after so many steps, at least one."""
+        return (self.every > 0 and step % self.every == 0) or (self.final and step == stop)
+
+    def save(self, trainer: Trainer, step: int, seconds: float) -> None:
+        """Copy the state and start to write it. Waits for the checkpoint before, if that is not done."""
+        self.wait()
+        progress = Progress(
+            run_id=self.log.run_id,
+            step=step,
+            seconds=seconds,
+            loader=trainer.loader.position,
+            log_bytes=self.log.file.size if self.log.file else 0,
+            metrics_bytes=self.log.metrics.size if self.log.file else 0,
+            source=self.source,
+            settings=self.settings,
+            world_size=self.runtime.world_size,
+        )
+        self._writing = self._worker.submit(self._write, trainer.owned(), progress)
+
+    def wait(self) -> bool:
+        """Until nothing is being written. A failure is said; returns whether there was none."""
+        if self._writing is None:
+            return True
+        error, self._writing = self._writing.exception(), None
+        if isinstance(error, OSError):
+            tqdm.write(f"warning: no checkpoint in {self.folder}: {error}. The run goes on.", file=sys.stderr)
+        elif error is not None:
+            raise error
+        return error is None
+
+    def _write(self, tensors: dict[str, Tensor], progress: Progress) -> None:
+        folder = self.folder / f"step_{progress.step:06}"
+        write_checkpoint(folder, self.runtime.rank, tensors, progress)
+        self.latest = folder
+        if self.runtime.rank == 0:
+            complete = [
+                f for f in checkpoint_folders(self.folder) if len(list(f.glob("*.safetensors"))) == progress.world_size
+            ]
+            for old in checkpoint_folders(self.folder):
+                if len(complete) >= self.keep and old < complete[-self.keep]:
+                    shutil.rmtree(old, ignore_errors=True)
+
+    def finish(self) -> None:
+        """The run is complete: `--resume auto` need not look at it. Raises SpeedrunError if its last save failed."""
+        if not self.wait() and self.final:
+            raise SpeedrunError(f"the final checkpoint could not be written to {self.folder}. Log: {self.log.path}")
+        if self.runtime.rank == 0 and self.folder.exists():
+            (self.folder / "finished").touch()
+
+
+def checkpoint_folders(run: Path) -> list[Path]:
+    """The folders of a run's checkpoints, the oldest first."""
+    return sorted(folder for folder in run.glob("step_*") if folder.is_dir())
+
+
+def find_checkpoint(track: Track, options: Options, runtime: Runtime) -> Checkpoint | None:
+    """What --resume names: a step's folder, or the newest good one of a run's folder or (auto) of the newest run.
+
+    Those that are damaged are named and passed over. None: there is nothing to resume, with `auto` only. Raises
+    SpeedrunError where nothing can be resumed, or where source or settings have changed and --force is not given.
+    """
+    if options.resume is None:
+        return None
+    if options.resume == "auto":
+        runs = sorted(options.checkpoint_dir.glob(f"*-{track.name}-*"))
+        if not runs or (runs[-1] / "finished").exists():
+            return None
+        folders = checkpoint_folders(runs[-1])
+    else:
+        path = Path(options.resume)
+        folders = checkpoint_folders(path) or [path]
+    for folder in reversed(folders):
+        try:
+            found = Checkpoint(folder)
+        except CheckpointError as error:
+            if len(folders) == 1 and options.resume != "auto":
+                raise
+            if runtime.rank == 0:
+                tqdm.write(f"passed over: {error}", file=sys.stderr)
+            continue
+        changes = found.changes(track, options, runtime)
+        if changes and not options.force:
+            raise SpeedrunError(
+                f"{folder} is of another run: {'; '.join(changes)}. Resume it as it was, or add --force: the log will "
+                "say so, and is no record any more."
+            )
+        return found
+    if options.resume == "auto":
+        return None
+    raise CheckpointError(f"--resume {options.resume}: no good checkpoint in it.")
+
+
+def identity(track: Track, options: Options, runtime: Runtime) -> dict[str, object]:
+    """What must not change between the parts of a run, as JSON gives it back."""
+    values = flatten(track) | {"seed": options.seed, "dtype": str(runtime.dtype)}
+    return json.loads(json.dumps(values))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Run
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -1728,12 +2062,27 @@ class Options:
     loss_chunk: int | None = None
     """Positions of a row whose logits exist at a time; the loss is the same. Default: what an eighth of the GPU's
     memory holds. Lower it where memory runs out."""
+    save_every: int = 0
+    """Steps between checkpoints, an even number; 0: none."""
+    save_final: bool = False
+    """Write a checkpoint at the end."""
+    keep_checkpoints: int = 2
+    """How many of them stay."""
+    checkpoint_dir: Path = Path("checkpoints")
+    """Folder of the checkpoints, a folder in it per run."""
+    resume: str | None = None
+    """Go on from a checkpoint: the folder of a step or of a run, or `auto`: the newest run of this track, if it is
+    not finished, else a new one."""
+    force: bool = False
+    """Resume although source or settings have changed."""
     compile: bool = field(default_factory=torch.cuda.is_available)
     """Compile the model with torch.compile. Default: where there is CUDA; with it, --device cpu never compiles."""
     warmup: bool = True
     """Run the shapes of all stages once before the clock starts, then restore everything."""
     sample_tokens: int = 200
     """Length of the text sample at the end; 0: none."""
+    export: Path | None = None
+    """Folder into which to write the weights at the end, for `train_gpt.py sample FOLDER`."""
 
 
 @dataclass(frozen=True)
@@ -1754,6 +2103,8 @@ class Runtime:
     """--loss-chunk"""
     logits_memory: int = 10**9
     """Bytes that logits and their gradient may take where that is not given."""
+    heartbeat: Heartbeat | None = None
+    """Where there are several ranks."""
 
     def loss_chunk(self, positions: int, vocab_size: int) -> int:
         """Positions of a row whose logits are to exist at a time: equal parts, multiples of 16 as FP8 wants them."""
@@ -1815,11 +2166,17 @@ class Runtime:
             fp8=has_fp8 and options.head != "plain",
             max_loss_chunk=options.loss_chunk,
             logits_memory=memory // 8,
+            heartbeat=Heartbeat(rank, world_size) if world_size > 1 else None,
         )
 
     def to_device(self, tensor: Tensor) -> Tensor:
         """Copy to the device without waiting (from pinned memory where the tensor is in it)."""
         return tensor.to(self.device, non_blocking=True)
+
+    def alive(self) -> None:
+        """Tell the other ranks that this one goes on: call it after every row."""
+        if self.heartbeat is not None:
+            self.heartbeat.progress += 1
 
     def synchronize(self) -> None:
         if self.device.type == "cuda":
@@ -1852,6 +2209,90 @@ class Runtime:
                 f"CPU: {cpu_name()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
             )
         return "\n".join(lines)
+
+
+@dataclass
+class Sign:
+    """What a rank last said of itself, and when (time.monotonic) that was new."""
+
+    beats: int
+    progress: int
+    alive_at: float
+    moved_at: float
+
+
+class Heartbeat:
+    """Tells the other ranks twice a second that this one lives and how far it is; ends it where one of them does not.
+
+    A rank that dies or hangs leaves the others waiting in a collective for minutes, and then with an error that does
+    not name it. The signs go through the store of the launcher, on a connection of their own.
+    """
+
+    SILENCE = 20  # seconds without a sign of life: killed, stopped, without network
+    STALL = 45  # seconds behind another rank without a step forward
+
+    def __init__(self, rank: int, world_size: int):
+        self.rank, self.world_size, self.progress = rank, world_size, 0
+        timeout = datetime.timedelta(seconds=self.SILENCE)
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        self._store = dist.TCPStore(*address, is_master=False, wait_for_workers=False, timeout=timeout)
+        self._signs = [Sign(0, 0, time.monotonic(), time.monotonic()) for _ in range(world_size)]
+        self._stop = threading.Event()
+        threading.Thread(target=self._run, name="heartbeat", daemon=True).start()
+
+    def stop(self) -> None:
+        self._stop.set()
+
+    def _run(self) -> None:
+        told = 0
+        while not self._stop.wait(0.5):
+            with contextlib.suppress(RuntimeError):  # the store is gone, and no sign will be new
+                self._store.add(f"beats/{self.rank}", 1)
+                now = self.progress
+                self._store.add(f"progress/{self.rank}", now - told)
+                told = now
+                for other, sign in enumerate(self._signs):
+                    beats, progress = (self._store.add(f"{what}/{other}", 0) for what in ("beats", "progress"))
+                    if beats != sign.beats:
+                        sign.beats, sign.alive_at = beats, time.monotonic()
+                    if progress != sign.progress:
+                        sign.progress, sign.moved_at = progress, time.monotonic()
+            if silent := self.silent(self.SILENCE):
+                self._end(f"{self._name(silent)} has not been heard of for {self.SILENCE} s")
+            if behind := self._behind():
+                self._end(f"{self._name(behind)} hangs: no step forward for {self.STALL} s, and others wait for it")
+
+    def silent(self, seconds: float) -> list[int]:
+        """Ranks without a sign of life for so long."""
+        return [rank for rank, sign in enumerate(self._signs) if time.monotonic() - sign.alive_at > seconds]
+
+    def _behind(self) -> list[int]:
+        most = max(sign.progress for sign in self._signs)
+        stalled = lambda sign: time.monotonic() - sign.moved_at > self.STALL
+        return [rank for rank, sign in enumerate(self._signs) if sign.progress < most and stalled(sign)]
+
+    def _name(self, ranks: list[int]) -> str:
+        return f"rank {', '.join(map(str, ranks))} of {self.world_size}"
+
+    def lost(self) -> str | None:
+        """After a collective failed: which rank has died, in words; None where all are alive. Takes four seconds."""
+        time.sleep(4)
+        dead = self.silent(2.5)
+        return f"{self._name(dead)} has died" if dead else None
+
+    def _end(self, reason: str) -> None:
+        if self._stop.is_set():
+            return
+        if self.rank == min(set(range(self.world_size)) - set(self.silent(2.5)), default=self.rank):
+            report_error(f"{reason}. The run ends; see --save-every and --resume.")
+        os._exit(1)
+
+
+def report_error(message: str) -> None:
+    """Show it, and leave it to the launcher, whose own last lines would hide it."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    if os.environ.get("TRAIN_GPT_ERROR_FILE"):
+        Path(os.environ["TRAIN_GPT_ERROR_FILE"]).write_text(f"error: {message}\n")
 
 
 def keep_freed_memory() -> None:
@@ -1899,16 +2340,20 @@ def cpu_name() -> str:
 class Clock:
     """Training time: runs only between start() and stop(), both of which wait for the device."""
 
-    def __init__(self, runtime: Runtime):
-        self.runtime, self.elapsed, self._began = runtime, 0.0, None
+    def __init__(self, runtime: Runtime, elapsed: float = 0.0):
+        self.runtime, self.elapsed, self._began = runtime, elapsed, None
 
     def start(self) -> None:
+        if self._began is not None:
+            return
         self.runtime.synchronize()
         if self.runtime.world_size > 1:
             dist.barrier()
         self._began = time.perf_counter()
 
     def stop(self) -> None:
+        if self._began is None:
+            return
         self.runtime.synchronize()
         self.elapsed, self._began = self.read(), None
 
@@ -1917,11 +2362,40 @@ class Clock:
         return self.elapsed + (time.perf_counter() - self._began if self._began is not None else 0.0)
 
 
+class LineFile:
+    """A text file that grows line by line. On a full disk lines wait in memory, the run goes on and tries again."""
+
+    def __init__(self, path: Path, size: int | None = None):
+        """A new file, or an existing one cut to `size` bytes. Raises OSError."""
+        self.path, self.size, self.pending = path, size or 0, b""
+        self._file = open(path, "xb" if size is None else "r+b", buffering=0)  # noqa: SIM115 - for the whole run
+        with contextlib.suppress(ImportError):
+            import fcntl  # not on Windows
+
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if size is not None:
+            self._file.truncate(size)
+            self._file.seek(size)
+
+    def write(self, line: str) -> None:
+        had_room, data = not self.pending, (line + "\n").encode()
+        self.pending += data
+        self.size += len(data)
+        try:
+            while self.pending:
+                self.pending = self.pending[self._file.write(self.pending) :]
+        except OSError as error:
+            if had_room:
+                message = f"warning: {self.path}: cannot be written ({error.strerror}); the run goes on and tries again"
+                tqdm.write(message, file=sys.stderr)
+
+
 class RunLog:
     """logs/<run_id>.txt, written by rank 0 alone: source, environment and settings, then one line per event.
 
     Beside it <run_id>.jsonl has the same events with more numbers, a JSON object per line, for other tools, and
-    TensorBoard's folder <run_id> where that is asked for.
+    TensorBoard's folder <run_id> where that is asked for. A resumed run goes on in its files, from where they were when
+    the checkpoint was written.
     """
 
     def __init__(
@@ -1933,32 +2407,39 @@ class RunLog:
         log_dir: Path,
         runtime: Runtime,
         tensorboard: bool = False,
+        resumed: Progress | None = None,
     ):
         self.file, self.board, self.total_steps = None, None, total_steps
-        self.run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{name}-{secrets.token_hex(3)}"
+        self.run_id = resumed.run_id if resumed else new_run_id(name, runtime)
         self.path = log_dir / f"{self.run_id}.txt"
         if runtime.rank != 0:
             self.path = None
             return
+        metrics = self.path.with_suffix(".jsonl")
         try:
             log_dir.mkdir(parents=True, exist_ok=True)
-            self.file = open(self.path, "x", encoding="utf-8", buffering=1)  # noqa: SIM115
-            self.metrics = open(self.path.with_suffix(".jsonl"), "x", encoding="utf-8", buffering=1)  # noqa: SIM115
+            if resumed:
+                for path, size in ((self.path, resumed.log_bytes), (metrics, resumed.metrics_bytes)):
+                    if path.stat().st_size < size:
+                        raise SpeedrunError(f"{path}: shorter than when the checkpoint was written: lines are missing.")
+            self.file = LineFile(self.path, resumed and resumed.log_bytes)
+            self.metrics = LineFile(metrics, resumed and resumed.metrics_bytes)
         except OSError as error:
             raise SpeedrunError(f"{self.path}: cannot write the log ({error.strerror}); see --log-dir.") from error
         if tensorboard:
             self.board = tensorboard_writer(log_dir / self.run_id)
         if os.environ.get("TRAIN_GPT_LOG_PATH_FILE"):
             Path(os.environ["TRAIN_GPT_LOG_PATH_FILE"]).write_text(str(self.path))
-        self.write(source)
-        self.write("=" * 100)
-        self.write(runtime.describe())
-        self.write("\n".join(f"{key}: {value}" for key, value in settings.items()))
-        self.write("=" * 100)
+        if resumed is None:
+            self.write(source)
+            self.write("=" * 100)
+            self.write(runtime.describe())
+            self.write("\n".join(f"{key}: {value}" for key, value in settings.items()))
+            self.write("=" * 100)
 
     def write(self, line: str) -> None:
         if self.file is not None:
-            self.file.write(line + "\n")
+            self.file.write(line)
 
     def step(self, step: int, seconds: float, metrics: dict[str, float] | None = None, **losses: float) -> str:
         """Write `step:S/N [val_loss:X] train_time:Tms step_avg:Ams` and return it; `metrics` go to other tools only."""
@@ -1968,10 +2449,18 @@ class RunLog:
         self.write(line)
         if self.file is not None:
             numbers = losses | {"train_time": round(seconds, 6)} | (metrics or {})
-            self.metrics.write(json.dumps({"step": step} | numbers) + "\n")
+            self.metrics.write(json.dumps({"step": step} | numbers))
             for key, value in numbers.items() if self.board else ():
                 self.board.add_scalar(key, value, step)
         return line
+
+
+def new_run_id(name: str, runtime: Runtime) -> str:
+    """Date, time, track and a random number: the same on all ranks."""
+    made = [f"{time.strftime('%Y%m%d-%H%M%S')}-{name}-{secrets.token_hex(3)}"]
+    if runtime.world_size > 1:
+        dist.broadcast_object_list(made, device=runtime.device)
+    return made[0]
 
 
 def tensorboard_writer(folder: Path):
@@ -2017,9 +2506,36 @@ class Trainer:
             if row is rows[-1]:
                 self.optimizer.expect_gradients(settings)
             (loss / num_rows).backward()
+            self.runtime.alive()
             total += nll / settings.stage.tokens
         self.optimizer.step(settings)
         return total
+
+    @torch.no_grad()
+    def exchange(
+        self, losses: list[Tensor], step: int, signal_here: int, log: RunLog, saver: Saver
+    ) -> tuple[float, int]:
+        """What the ranks tell each other now and then: the mean of the losses since the last time, and of signals.
+
+        Waits for the device. Raises SpeedrunError where a loss or a weight is not finite on some rank.
+        """
+        world, recent = self.runtime.world_size, torch.stack(losses)
+        bad = torch.cat(
+            (~recent.isfinite(), ~torch.stack(torch._foreach_norm(list(self.params.values()))).isfinite().all()[None])
+        )
+        values = torch.zeros(3 + world, dtype=torch.float64, device=recent.device)
+        values[0] = recent.mean()
+        values[1] = signal_here == signal.SIGTERM
+        values[2] = signal_here == signal.SIGINT
+        values[3 + self.runtime.rank] = torch.where(bad.any(), len(bad) - bad.int().argmax(), 0)  # larger is earlier
+        mean, by_term, by_int, *ranks = self.runtime.sum(values).tolist()
+        if any(ranks):
+            rank = ranks.index(max(ranks))
+            first = step + 1 - len(losses) + (len(bad) - int(ranks[rank]))
+            what = "a weight" if first > step else f"the loss of step {first + 1}"
+            give_up(f"{what} is not finite on rank {rank} of {world}, after {step + 1} steps", log, saver)
+        asked = signal.SIGTERM if by_term else signal.SIGINT if by_int else 0
+        return mean, asked
 
     @torch.no_grad()
     def validate(self, settings: Settings, max_rows: int | None = None) -> float:
@@ -2030,6 +2546,7 @@ class Trainer:
             if i == max_rows:
                 break
             total += self.model(row, settings, weights)[1]
+            self.runtime.alive()
         return self.runtime.sum(total).item() / self.track.data.val_tokens
 
     def _weights(self, values: tuple[float, ...]) -> Tensor:
@@ -2057,10 +2574,51 @@ class Trainer:
         self.loader.position = state["loader"]
         torch.set_rng_state(state["rng"])
 
-    def warm_up(self, stop: int) -> None:
-        """Compile and run every shape of the first `stop` steps once, then restore everything."""
+    def owned(self) -> dict[str, Tensor]:
+        """Copies on the CPU of what this rank writes into a checkpoint; to call after an odd step.
+
+        These are its pieces of sharded parameters and of their optimizer state, and on rank 0 all that is replicated.
+        After an even step Adam's parameters have gradients that wait for the next one.
+        """
+        optimizer, found = self.optimizer, {}
+        for name, p in self.params.items():
+            if optimizer.rules[name].sharded or self.runtime.rank == 0:
+                found[f"weights.{name}"] = optimizer.piece(name, p.data)
+                found |= {f"optimizer.{name}.{key}": tensor for key, tensor in optimizer.state[name].items()}
+        if self.runtime.rank == 0:
+            found["rng"] = torch.get_rng_state()
+        return {name: t.detach().to("cpu", copy=True).contiguous() for name, t in found.items()}
+
+    @torch.no_grad()
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Take over a checkpoint of any number of ranks. Raises CheckpointError where it does not fit this model."""
+        targets: dict[str, tuple[Tensor, int]] = {}  # where it goes, and the row of the whole at which that begins
+        for name, p in self.params.items():
+            rule = self.optimizer.rules[name]
+            targets[f"weights.{name}"] = (p.data if rule.kind != "adam" else p.data.view(-1)), 0
+            for key, tensor in self.optimizer.state[name].items():
+                targets[f"optimizer.{name}.{key}"] = tensor, self.runtime.rank * len(tensor) if rule.sharded else 0
+        for name, whole in checkpoint.tensors():
+            if name == "rng":
+                torch.set_rng_state(whole)
+                continue
+            target, begin = targets.pop(name, (None, 0))
+            if target is not None and "_bank" in name:  # padded with zero matrices to a multiple of the ranks
+                lacking = max(begin + len(target) - len(whole), 0)
+                whole = torch.cat((whole, whole.new_zeros(lacking, *whole.shape[1:])))[begin : begin + len(target)]
+            elif target is not None:
+                whole = whole[begin : begin + len(target)]
+            if target is None or (target.shape, target.dtype) != (whole.shape, whole.dtype):
+                raise CheckpointError(f"{checkpoint.folder}: {name} does not fit this model.")
+            target.copy_(whole)
+        if targets:
+            raise CheckpointError(f"{checkpoint.folder}: {next(iter(targets))} is missing.")
+        self.loader.position = checkpoint.progress.loader
+
+    def warm_up(self, stop: int, start: int = 0) -> None:
+        """Compile and run every shape of the steps from `start` to `stop` once, then restore everything."""
         state, schedule = self.state(), self.track.schedule
-        starts = [b for b in schedule.boundaries() if b < stop]
+        starts = [max(b, start) for b, end in pairwise((*schedule.boundaries(), stop)) if b < stop and end > start]
         for start in starts:
             self.loader.position = state["loader"]
             for step in range(start, min(start + 2, stop)):  # an even and an odd step: Adam steps on odd ones
@@ -2071,63 +2629,110 @@ class Trainer:
             self.validate(self.track.validation_at(stop), max_rows=1)
         self.load_state(state)
 
-    def sample(self, settings: Settings, num_tokens: int, seed: int, context: int = 192) -> list[int]:
-        """Continue an empty document by `num_tokens` tokens drawn from the model, which sees the last `context`."""
-        generator = torch.Generator().manual_seed(seed)
-        tokens = [self.track.data.bos]
-        for _ in range(num_tokens):
-            recent = np.array(tokens[-context:] + [0] * (context + 1 - len(tokens)), dtype=np.int64)
-            row = make_row(np.append(recent[:context], 0), np.array([0]), context, pin=False)
-            logits = self.model.logits(row.to(self.runtime), settings)
-            last = logits[min(len(tokens), context) - 1, : self.track.model.vocab_size].double().cpu()
-            tokens.append(int(torch.multinomial(last.softmax(-1), 1, generator=generator)))
-        return tokens[1:]
 
+class Text:
+    """Tokens of text and back: bytes for a byte vocabulary, else GPT-2's, which take tiktoken."""
 
-def decode(tokens: list[int], vocab_size: int) -> str | None:
-    """Text of tokens: bytes for a byte vocabulary, else GPT-2's where tiktoken and its vocabulary are at hand."""
-    if vocab_size == 257:
-        return bytes(t for t in tokens if t < 256).decode("utf-8", errors="replace")
-    try:
-        import tiktoken
+    def __init__(self, vocab_size: int):
+        self._gpt2 = None
+        if vocab_size != 257:
+            try:
+                import tiktoken
 
-        return tiktoken.get_encoding("gpt2").decode(tokens)
-    except Exception:  # not installed, or no network to fetch the vocabulary: a sample is a courtesy
-        return None
+                self._gpt2 = tiktoken.get_encoding("gpt2")
+            except Exception as error:  # not installed, or no network to fetch the vocabulary
+                raise SpeedrunError(f"text of GPT-2 tokens needs tiktoken and its vocabulary ({error}).") from error
+
+    def encode(self, text: str) -> list[int]:
+        return self._gpt2.encode_ordinary(text) if self._gpt2 else list(text.encode())
+
+    def stream(self, tokens: Iterable[int]) -> Iterator[str]:
+        """Text of tokens as they come; a character of several bytes comes with its last."""
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        for token in tokens:
+            data = self._gpt2.decode_single_token_bytes(token) if self._gpt2 else bytes([token])
+            yield decoder.decode(data)
+        yield decoder.decode(b"", final=True)
 
 
 def train(track: Track, options: Options, runtime: Runtime) -> float:
-    """The run: warm up, train, validate, log. Returns the final validation loss."""
+    """A whole run, or the rest of one. Returns the final validation loss."""
     data_dir = options.data_dir or Path(__file__).resolve().parent / "data" / track.data.dataset
     total_steps = track.schedule.total_steps
     stop = total_steps if options.max_steps is None else min(options.max_steps, total_steps)
-    check(track, data_dir, runtime, stop)
+    check(track, options, data_dir, runtime, stop)
+    resumed = find_checkpoint(track, options, runtime)
+    start = resumed.progress.step if resumed else 0
+    if resumed and start >= stop:
+        raise SpeedrunError(f"{resumed.folder} is of step {start}, and the run ends at {stop}: nothing is left to do.")
     trainer = Trainer(track, runtime, data_dir, options.seed)
-    source, header = Path(__file__).read_text(encoding="utf-8"), flatten(track) | flatten(options)
-    log = RunLog(track.name, total_steps, source, header, options.log_dir, runtime, options.tensorboard)
+    if resumed:
+        trainer.load(resumed)
+    log = RunLog(
+        track.name,
+        total_steps,
+        Path(__file__).read_text(encoding="utf-8"),
+        flatten(track) | flatten(options),
+        options.log_dir,
+        runtime,
+        options.tensorboard,
+        resumed.progress if resumed else None,
+    )
+    saver = Saver(track, options, log, runtime)
     say = tqdm.write if runtime.rank == 0 else lambda line: None
     say(
         f"{track.name}: {sum(p.numel() for p in trainer.params.values()):,} parameters on {runtime.world_size} x "
         f"{runtime.device.type}, {runtime.dtype}, attention {runtime.attention}. log: {log.path}"
     )
+    if resumed:
+        changes = "; ".join(resumed.changes(track, options, runtime))
+        log.write(f"resumed at step {start} from {resumed.folder}" + (f" with --force: {changes}" if changes else ""))
+        say(f"resumed at step {start} from {resumed.folder}")
     if options.warmup:
         say("warming up (not timed)")
-        trainer.warm_up(stop)
+        trainer.warm_up(stop, start)
         if runtime.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
 
-    clock, tokens_seen, losses, graphs = Clock(runtime), 0, [], compilations()
-    with tqdm(total=stop, unit="step", disable=None if runtime.rank == 0 else True) as bar:
-        clock.start()
-        for step in range(stop + 1):
-            if step == stop or (track.schedule.val_every and step % track.schedule.val_every == 0):
+    clock, graphs = Clock(runtime, resumed.progress.seconds if resumed else 0.0), compilations()
+    val_loss = training_loop(trainer, clock, log, saver, start, stop, say)
+    if runtime.heartbeat is not None:
+        runtime.heartbeat.stop()  # from here on rank 0 works alone
+    if runtime.compile:
+        log.write(f"compilations after the clock started: {compilations() - graphs}")
+    finish(trainer, log, options, clock.elapsed, val_loss, stop, say)
+    saver.finish()
+    return val_loss
+
+
+def training_loop(trainer: Trainer, clock: Clock, log: RunLog, saver: Saver, start: int, stop: int, say) -> float:
+    """Train from step `start` to `stop`, save, validate, log. Returns the last validation loss."""
+    track, runtime = trainer.track, trainer.runtime
+    val_every, losses, ends = track.schedule.val_every, [], 0
+    tokens_seen = sum(track.at(step).stage.tokens for step in range(start))
+    with (
+        Interrupt(runtime) as interrupt,
+        tqdm(total=stop, initial=start, unit="step", disable=runtime.rank > 0 or None) as bar,
+    ):
+        for step in range(start, stop + 1):
+            saves = step > start and (saver.due(step, stop) or (ends and saver.on))
+            validates = step == stop or (val_every and step % val_every == 0)
+            if saves or validates or ends:
                 clock.stop()
+            if saves:
+                saver.save(trainer, step, clock.elapsed)
+            if ends and step < stop:
+                saver.wait()
+                log.write(f"stopped by {signal.Signals(ends).name} after {step} steps")
+                raise Interrupted(ends, step, saver.latest)
+            if validates:
                 val_loss = trainer.validate(track.validation_at(step))
                 say(log.step(step, clock.elapsed, {"tokens": tokens_seen}, val_loss=val_loss))
-                require_finite("validation", val_loss, step, log)
-                if step == stop:
-                    break
-                clock.start()
+                if not math.isfinite(val_loss):
+                    give_up(f"the validation loss is {val_loss} after {step} steps", log, saver)
+            if step == stop:
+                return val_loss
+            clock.start()
             losses.append(trainer.train_step(step))
             settings = track.at(step)
             tokens_seen += settings.stage.tokens
@@ -2135,18 +2740,49 @@ def train(track: Track, options: Options, runtime: Runtime) -> float:
             metrics = {"tokens": tokens_seen, "lr": settings.lr, "momentum": settings.momentum}
             log.step(step + 1, seconds, metrics)
             bar.update()
-            if len(losses) == LOSS_EVERY or step + 1 == stop:
-                train_loss = runtime.sum(torch.stack(losses).mean()).item()
+            asked = interrupt.signal if runtime.world_size == 1 else 0  # several ranks have to agree on the step
+            if (step + 1) % LOSS_EVERY == 0 or step + 1 == stop or saver.due(step + 1, stop) or asked:
+                train_loss, asked = trainer.exchange(losses, step, interrupt.signal, log, saver)
                 losses.clear()
-                require_finite("training", train_loss, step + 1, log)
                 line = log.step(step + 1, seconds, metrics, train_loss=train_loss)
                 bar.set_postfix_str(f"loss {train_loss:.4f}, {tokens_seen / clock.read():,.0f} tokens/s")
                 if bar.disable and (step + 1) % (10 * LOSS_EVERY) == 0:
                     say(line)  # where no bar can be drawn
-    if runtime.compile:
-        log.write(f"compilations after the clock started: {compilations() - graphs}")
-    finish(trainer, log, options, clock.elapsed, val_loss, stop, say)
-    return val_loss
+                ends = asked if settings.adam_steps or not saver.on else 0
+    raise AssertionError("the loop returns at its last step")
+
+
+class Interrupt:
+    """Takes SIGINT and SIGTERM while the loop runs, which ends after the step; a second one ends it at once."""
+
+    def __init__(self, runtime: Runtime):
+        self.signal, self._world_size = 0, runtime.world_size
+
+    def __enter__(self) -> Interrupt:
+        self._before = {}
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._take) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and self._world_size > 1:
+            return  # another rank has died: the launcher's SIGTERM must not come before the message
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _take(self, number: int, _: object) -> None:
+        if self.signal:
+            raise KeyboardInterrupt
+        self.signal = number
+
+
+class Interrupted(Exception):
+    """The run was ended by a signal, with all that it has done so far on disk."""
+
+    def __init__(self, number: int, step: int, saved: Path | None):
+        how = f"; go on with --resume {saved}" if saved else ", what the log holds so far is kept"
+        super().__init__(f"stopped by {signal.Signals(number).name} after {step} steps{how}")
+        self.code = 128 + number
 
 
 def compilations() -> int:
@@ -2154,12 +2790,12 @@ def compilations() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"] if "torch._dynamo" in sys.modules else 0
 
 
-def require_finite(kind: str, loss: float, step: int, log: RunLog) -> None:
-    """Stop the run where a loss is NaN or infinite: raises SpeedrunError, and says so in the log."""
-    if not math.isfinite(loss):
-        message = f"the {kind} loss is {loss} after {step} steps: the run stops."
-        log.write(message)
-        raise SpeedrunError(f"{message} Lower the learning rates. Log: {log.path}")
+def give_up(reason: str, log: RunLog, saver: Saver) -> NoReturn:
+    """End the run for numbers that are not finite: raises SpeedrunError, and says so in the log."""
+    saver.wait()
+    log.write(f"{reason}: the run stops.")
+    kept = f"The last finite state is {saver.latest}. " if saver.latest else ""
+    raise SpeedrunError(f"{reason}: the run stops. {kept}Lower the learning rates. Log: {log.path}")
 
 
 def out_of_memory(error: torch.OutOfMemoryError, track: Track, runtime: Runtime) -> SpeedrunError:
@@ -2172,7 +2808,7 @@ def out_of_memory(error: torch.OutOfMemoryError, track: Track, runtime: Runtime)
     )
 
 
-def check(track: Track, data_dir: Path, runtime: Runtime, stop: int) -> None:
+def check(track: Track, options: Options, data_dir: Path, runtime: Runtime, stop: int) -> None:
     """Refuse at once what cannot work: raises SpeedrunError for numbers that do not fit, missing or too little data."""
     data, schedule = track.data, track.schedule
     stages = (*schedule.stages, schedule.extension)
@@ -2186,9 +2822,15 @@ def check(track: Track, data_dir: Path, runtime: Runtime, stop: int) -> None:
         ("data.val-row-tokens", data.val_row_tokens, 1),
         ("windows", min(window for stage in stages for window in stage.windows), 0),
         ("prediction-weights", min(len(stage.prediction_weights) for stage in stages), 1),
+        ("save-every", options.save_every, 0),
+        ("keep-checkpoints", options.keep_checkpoints, 1),
     ):
         if value < least:
             raise SpeedrunError(f"--{name}: found {value}, expected at least {least}.")
+    if options.save_every % 2:
+        raise SpeedrunError(
+            f"--save-every {options.save_every}: expected an even number, because Adam's gradients of two steps add up."
+        )
     if data.rows_per_step % runtime.world_size:
         raise SpeedrunError(
             f"{runtime.world_size} processes cannot share the {data.rows_per_step} rows of a step evenly: use a number "
@@ -2223,10 +2865,135 @@ def finish(trainer: Trainer, log: RunLog, options: Options, seconds: float, val_
     verdict = "reached" if val_loss <= track.target_loss else "missed"
     say(f"{verdict} {track.target_loss} in {seconds:.1f} s: validation loss {val_loss:.4f}")
     say(f"{note}\nlog: {log.path}" if note else f"log: {log.path}")
+    if runtime.rank == 0 and options.export:
+        export(options.export, trainer.model, track, stop)
+        say(f"exported to {options.export}: python train_gpt.py sample {options.export}")
     if runtime.rank == 0 and options.sample_tokens:
-        sample = trainer.sample(track.validation_at(stop), options.sample_tokens, options.seed)
-        if (text := decode(sample, track.model.vocab_size)) is not None:
-            say(f"sample:\n{text}\n")
+        with contextlib.suppress(SpeedrunError):  # no tiktoken: a sample is a courtesy
+            text = Text(track.model.vocab_size)
+            drawn = generate(
+                trainer.model, track.validation_at(stop), [track.data.bos], options.sample_tokens, options.seed
+            )
+            say(f"sample:\n{''.join(text.stream(drawn))}\n")
+
+
+# ---- weights out, and text ----
+
+
+def export(folder: Path, model: GPT, track: Track, step: int) -> None:
+    """Write model.safetensors (weights by name, banks without padding) and config.json (the track) into a folder."""
+    sizes = {name: len(p) for name, p in GPT(track.model, Runtime(torch.device("meta"))).named_parameters() if p.dim()}
+    tensors = {name: p.detach().cpu() for name, p in model.named_parameters()}
+    tensors = {name: (t[: sizes[name]] if t.dim() else t).contiguous() for name, t in tensors.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = folder / "model.safetensors", folder / "config.json"
+    parts = [path.with_name(path.name + ".part") for path in paths]
+    safetensors.torch.save_file(tensors, parts[0])
+    parts[1].write_text(json.dumps({"step": step, **flatten(track)}, indent=1))
+    for part, path in zip(parts, paths, strict=True):
+        publish(part, path)
+
+
+def rebuild(kind: type, values: dict[str, object], prefix: str = "") -> object:
+    """The inverse of `flatten` for a dataclass. Raises KeyError or TypeError where a value is missing or wrong."""
+    hints, found = get_type_hints(kind), {}
+    for item in dataclasses.fields(kind):
+        key, hint = prefix + item.name, hints[item.name]
+        inner = get_args(hint)[0] if get_origin(hint) is tuple else None
+        if dataclasses.is_dataclass(hint):
+            found[item.name] = rebuild(hint, values, f"{key}.")
+        elif dataclasses.is_dataclass(inner):
+            count = len({k.removeprefix(f"{key}.").split(".")[0] for k in values if k.startswith(f"{key}.")})
+            found[item.name] = tuple(rebuild(inner, values, f"{key}.{i}.") for i in range(count))
+        else:
+            found[item.name] = as_tuple(values[key])
+            simple = {float: (int, float)}.get(hint, hint)
+            if simple in (int, bool, str, (int, float)) and not isinstance(found[item.name], simple):
+                raise TypeError(f"{key} is {values[key]!r}")
+    return kind(**found)
+
+
+def as_tuple(value: object) -> object:
+    """Lists, which JSON makes of tuples, as tuples again."""
+    return tuple(as_tuple(item) for item in value) if isinstance(value, list) else value
+
+
+def load_model(path: Path, runtime: Runtime) -> tuple[GPT, Track, int]:
+    """Model, track and step of an export or of a checkpoint (its folder, or that of its run).
+
+    Raises CheckpointError where it is neither, or damaged.
+    """
+    try:
+        if (path / "config.json").exists():
+            values = json.loads((path / "config.json").read_text())
+            tensors = safetensors.torch.load_file(path / "model.safetensors").items()
+            step = values["step"]
+        else:
+            checkpoint = Checkpoint((checkpoint_folders(path) or [path])[-1])
+            values, step = checkpoint.progress.settings, checkpoint.progress.step
+            tensors = ((n.removeprefix("weights."), t) for n, t in checkpoint.tensors() if n.startswith("weights."))
+        track = rebuild(Track, values)
+        model = GPT(track.model, runtime)
+        params = dict(model.named_parameters())
+        with torch.no_grad():
+            for name, tensor in tensors:
+                p = params.pop(name)
+                whole = tensor[: len(p)] if p.dim() and tensor.dim() == p.dim() else tensor.view(p.shape)
+                if whole.shape != p.shape:
+                    raise ValueError(f"{name} has the shape {tuple(whole.shape)}, expected {tuple(p.shape)}")
+                p.copy_(whole)
+        if params:
+            raise ValueError(f"{next(iter(params))} is missing")
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"{path}: no model to be read ({error!r}).") from error
+    return model, track, step
+
+
+@dataclass(frozen=True)
+class SampleOptions:
+    """Continue a text with a trained model."""
+
+    path: tyro.conf.Positional[Path]
+    """Folder of an export, of a checkpoint, or of a run's checkpoints."""
+    prompt: str = ""
+    """Text to continue."""
+    tokens: int = 200
+    """At most so many; it ends earlier where the model ends the document."""
+    temperature: float = 0.8
+    """Divides the logits; 0: always the likeliest token."""
+    top_k: int | None = None
+    """Draw from the so many likeliest tokens only."""
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "bfloat16", "float32", "float64"] = "auto"
+
+
+def sample(options: SampleOptions) -> None:
+    """Print a text as it is drawn, and then its speed. Raises SpeedrunError for a model or options that do not work."""
+    if options.temperature < 0 or options.tokens < 0 or (options.top_k is not None and options.top_k < 1):
+        raise SpeedrunError("--temperature and --tokens must be at least 0, --top-k at least 1.")
+    runtime = Runtime.create(Options(device=options.device, dtype=options.dtype, compile=False))
+    model, track, step = load_model(options.path, runtime)
+    settings = track.validation_at(min(step, track.schedule.total_steps))
+    text = Text(track.model.vocab_size)
+    prompt = [track.data.bos, *text.encode(options.prompt)]
+    count, began = 0, time.perf_counter()
+
+    def counted() -> Iterator[int]:
+        nonlocal count
+        for token in generate(
+            model, settings, prompt, options.tokens, options.seed, options.temperature, options.top_k
+        ):
+            count += 1
+            yield token
+
+    print(options.prompt, end="", flush=True)
+    for part in text.stream(counted()):
+        print(part, end="", flush=True)
+    seconds = time.perf_counter() - began
+    print(f"\n{count} tokens, {count / seconds:.0f} tokens/s", file=sys.stderr)
 
 
 def peak_rss() -> int:
@@ -2274,12 +3041,19 @@ def main() -> None:
     let_rank_0_speak = lambda: time.sleep(5 if rank else 0)
     code = 0
     try:
+        if sys.argv[1:2] == ["sample"]:
+            sample(tyro.cli(SampleOptions, args=sys.argv[2:], prog="train_gpt.py sample"))
+            return
         track, options = parse_command(sys.argv[1:], quiet=rank != 0)
         runtime = Runtime.create(options)
         try:
             train(track, options, runtime)
         except torch.OutOfMemoryError as error:
             raise out_of_memory(error, track, runtime) from error
+        except RuntimeError as error:  # a collective, if another rank has died
+            if runtime.heartbeat is None or (lost := runtime.heartbeat.lost()) is None:
+                raise
+            raise SpeedrunError(f"{lost}. The run ends; see --save-every and --resume.") from error
         if dist.is_initialized():
             dist.destroy_process_group()
     except SystemExit as end:  # of --help or a wrong option
@@ -2287,10 +3061,12 @@ def main() -> None:
         code = end.code or 0
     except SpeedrunError as error:
         let_rank_0_speak()
-        print(f"error: {error}", file=sys.stderr)
-        if os.environ.get("TRAIN_GPT_ERROR_FILE"):
-            Path(os.environ["TRAIN_GPT_ERROR_FILE"]).write_text(f"error: {error}\n")
+        report_error(str(error))
         code = 1
+    except Interrupted as end:
+        if rank == 0:
+            print(end, file=sys.stderr)
+        code = end.code
     except KeyboardInterrupt:
         if rank == 0:
             print("interrupted: what the log holds so far is kept", file=sys.stderr)

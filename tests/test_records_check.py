@@ -25,7 +25,7 @@ EXCERPT = "\n".join(  # the parts that rules are about: judged four times as fas
     (
         TRACKS,
         SOURCE[SOURCE.index("# Data: ") : SOURCE.index("LOSS_EVERY = ")],
-        SOURCE[SOURCE.index("class Trainer:") : SOURCE.index("def decode(")],
+        SOURCE[SOURCE.index("class Trainer:") : SOURCE.index("class Text:")],
     )
 )
 LINE = "=" * 100

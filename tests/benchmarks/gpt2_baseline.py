@@ -200,7 +200,8 @@ def train(recipe: Recipe) -> float:
                 clock.stop()
                 val_loss = baseline.validate(None)
                 tqdm.write(log.step(step, clock.elapsed, val_loss=val_loss))
-                train_gpt.require_finite("validation", val_loss, step, log)
+                if not math.isfinite(val_loss):
+                    raise train_gpt.SpeedrunError(f"the validation loss is {val_loss} after {step} steps.")
                 if step == recipe.steps:
                     break
                 clock.start()

@@ -1,0 +1,533 @@
+"""Checkpoints: a run that was killed, stopped or resumed with other ranks ends as if nothing had happened."""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from conftest import LAUNCHER_VARIABLES, REPO, cpu, text_like, tiny_options, tiny_track, torchrun, write_shard
+
+import train_gpt
+from train_gpt import Checkpoint, CheckpointError, Options, SpeedrunError, train
+
+TIMES = re.compile(r"train_time:\S+ step_avg:\S+|peak memory.*")
+
+
+def words(data_dir: Path, out: Path, *more: object) -> list[str]:
+    """A run of the tiny track that saves every second step and goes on where it stopped."""
+    options = ["--data-dir", data_dir, "--log-dir", out / "logs", "--checkpoint-dir", out / "checkpoints"]
+    options += ["--device", "cpu", "--dtype", "float32", "--sample-tokens", "0", "--val-every", "8"]
+    options += ["--save-every", "2", "--save-final", "--resume", "auto"]
+    return [*tiny_options(), *map(str, options), *map(str, more)]
+
+
+def run(data_dir: Path, out: Path, *more: object) -> None:
+    """The command in this process."""
+    track, options = train_gpt.parse_command(["nano", *words(data_dir, out, *more)])
+    train(track, options, cpu())
+
+
+def start(data_dir: Path, out: Path, *more: object) -> subprocess.Popen:
+    """The command in a process of its own, on one thread."""
+    env = {k: v for k, v in os.environ.items() if k not in LAUNCHER_VARIABLES} | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, REPO / "train_gpt.py", "nano", *words(data_dir, out, *more)]
+    return subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env
+    )
+
+
+def final(out: Path, step: int = 20) -> dict[str, torch.Tensor]:
+    """The tensors of the newest run's checkpoint after `step` steps."""
+    folder = sorted((out / "checkpoints").iterdir())[-1]
+    return dict(Checkpoint(folder / f"step_{step:06}").tensors())
+
+
+def lines(out: Path) -> list[str]:
+    """The events of the newest run's log without its times, and without what says that it was resumed."""
+    path = sorted((out / "logs").glob("*.txt"))[-1]
+    body = path.read_text().split("\n" + "=" * 100 + "\n")[-1]
+    return [TIMES.sub("", line) for line in body.splitlines() if not line.startswith("resumed at")]
+
+
+def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    """Bit for bit, but for the random generator, which nothing in training uses."""
+    assert a.keys() == b.keys()
+    for name in a.keys() - {"rng"}:
+        assert a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]), name
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_data, tmp_path_factory) -> Path:
+    """A run without interruption, which keeps all its checkpoints."""
+    out = tmp_path_factory.mktemp("undisturbed")
+    run(tiny_data, out, "--keep-checkpoints", "99")
+    return out
+
+
+def until_step(out: Path, undisturbed: Path, step: int) -> None:
+    """What a run leaves that was killed after its checkpoint of `step`: later lines in the log, torn files."""
+    shutil.copytree(undisturbed, out, dirs_exist_ok=True)
+    (folder,) = (out / "checkpoints").iterdir()
+    (folder / "finished").unlink()
+    for later in folder.glob("step_*"):
+        if int(later.name.removeprefix("step_")) > step:
+            shutil.rmtree(later)
+
+
+@pytest.mark.parametrize("step", [2, 8, 12, 14, 18])
+def test_a_resumed_run_ends_bit_for_bit_as_the_undisturbed_one(tiny_data, undisturbed, tmp_path, step):
+    """At a validation (8), at a new stage (12, 18), after untying at step 13 (14). Catches: state that is not saved."""
+    until_step(tmp_path, undisturbed, step)
+    run(tiny_data, tmp_path)
+    assert_equal(final(tmp_path), final(undisturbed))
+    assert lines(tmp_path) == lines(undisturbed)
+    (log,) = (tmp_path / "logs").glob("*.txt")
+    assert len(re.findall(rf"^resumed at step {step} from ", log.read_text(), re.M)) == 1
+    metrics = []
+    for folder in (tmp_path, undisturbed):
+        events = next((folder / "logs").glob("*.jsonl")).read_text().splitlines()
+        metrics.append([json.loads(event) | {"train_time": 0} for event in events])
+    assert metrics[0] == metrics[1]
+
+
+def test_the_clock_adds_up(tiny_data, undisturbed, tmp_path):
+    """Catches: a clock that starts anew, or that counts the time before the checkpoint twice."""
+    until_step(tmp_path, undisturbed, 10)
+    (folder,) = (tmp_path / "checkpoints").iterdir()
+    saved = Checkpoint(folder / "step_000010").progress.seconds
+    run(tiny_data, tmp_path)
+    text = next((tmp_path / "logs").glob("*.txt")).read_text().split("=" * 100)[-1]
+    times = [int(ms) for ms in re.findall(r"^step:\d+/20 .*?train_time:(\d+)ms", text, re.M)]
+    assert times == sorted(times)
+    after = int(re.search(r"^step:11/20 train_time:(\d+)ms", text, re.M)[1])
+    assert after >= 1000 * saved > 0
+
+
+def test_only_the_newest_checkpoints_stay_and_a_finished_run_is_not_resumed(tiny_data, tmp_path):
+    run(tiny_data, tmp_path)
+    (folder,) = (tmp_path / "checkpoints").iterdir()
+    assert sorted(p.name for p in folder.iterdir()) == ["finished", "step_000018", "step_000020"]
+    assert not list(folder.rglob("*.part"))
+    run(tiny_data, tmp_path, "--max-steps", "2")
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 2, "auto began a new run"
+    with pytest.raises(SpeedrunError, match="nothing is left to do"):
+        run(tiny_data, tmp_path, "--resume", folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (["--seed", "1"], "seed was 0, is 1"),
+        (["--optimizer.muon-lr", "0.5"], "optimizer.muon_lr was 0.023, is 0.5"),
+        (["--schedule.stages.2.max-doc-len", "9"], "schedule.stages.2.max_doc_len was"),
+    ],
+)
+def test_another_track_or_seed_is_refused_unless_forced(tiny_data, undisturbed, tmp_path, change, said):
+    until_step(tmp_path, undisturbed, 10)
+    with pytest.raises(SpeedrunError, match=re.escape(said)):
+        run(tiny_data, tmp_path, *change)
+    run(tiny_data, tmp_path, *change, "--force")
+    assert f"with --force: {said}" in next((tmp_path / "logs").glob("*.txt")).read_text()
+
+
+def test_another_source_is_refused(tiny_data, undisturbed, tmp_path, monkeypatch):
+    until_step(tmp_path, undisturbed, 10)
+    changed = tmp_path / "train_gpt.py"
+    changed.write_text((REPO / "train_gpt.py").read_text() + "\n")
+    monkeypatch.setattr(train_gpt, "__file__", str(changed))
+    with pytest.raises(SpeedrunError, match=r"train_gpt\.py has changed"):
+        run(tiny_data, tmp_path)
+
+
+def test_a_torn_checkpoint_is_named_and_passed_over(tiny_data, undisturbed, tmp_path, capsys):
+    """Cut off, with a byte changed, without its digest, a folder of something else: the good one before is taken."""
+    until_step(tmp_path, undisturbed, 14)
+    (folder,) = (tmp_path / "checkpoints").iterdir()
+    cut = folder / "step_000014" / "rank_0_of_1.safetensors"
+    cut.write_bytes(cut.read_bytes()[:-1])
+    flipped = folder / "step_000012" / "rank_0_of_1.safetensors"
+    content = bytearray(flipped.read_bytes())
+    content[len(content) // 2] ^= 1
+    flipped.write_bytes(content)
+    (folder / "step_000010" / "rank_0_of_1.sha256").unlink()
+    (folder / "step_000016").mkdir()
+    run(tiny_data, tmp_path)
+    said = capsys.readouterr().err
+    for step in (10, 12, 14, 16):
+        assert re.search(rf"passed over: .*step_0000{step}", said), step
+    assert "resumed at step 8 " in next((tmp_path / "logs").glob("*.txt")).read_text()
+    assert_equal(final(tmp_path), final(undisturbed))
+
+
+def test_a_log_that_lost_lines_is_not_continued(tiny_data, undisturbed, tmp_path):
+    until_step(tmp_path, undisturbed, 10)
+    path = next((tmp_path / "logs").glob("*.txt"))
+    path.write_bytes(path.read_bytes()[:-3000])
+    with pytest.raises(SpeedrunError, match="lines are missing"):
+        run(tiny_data, tmp_path)
+
+
+def test_two_runs_cannot_write_one_log(tiny_data, undisturbed, tmp_path):
+    until_step(tmp_path, undisturbed, 10)
+    path = next((tmp_path / "logs").glob("*.txt"))
+    writer = train_gpt.LineFile(path, path.stat().st_size)
+    with pytest.raises(SpeedrunError, match="cannot write the log"):
+        run(tiny_data, tmp_path)
+    writer.write("still mine")
+    assert path.read_text().endswith("still mine\n")
+
+
+# ---- damage ----
+
+
+def mutated(content: bytes, rng: random.Random) -> bytes:
+    """One random change: bytes flipped, cut out, put in, the end cut off."""
+    data = bytearray(content)
+    place = rng.choice([rng.randrange(len(data)), rng.randrange(min(2000, len(data)))])  # the header often
+    match rng.randrange(4):
+        case 0:
+            data[place] ^= 1 << rng.randrange(8)
+        case 1:
+            del data[place : place + rng.randrange(1, 50)]
+        case 2:
+            data[place:place] = rng.randbytes(rng.randrange(1, 50))
+        case 3:
+            del data[place:]
+    return bytes(data)
+
+
+@pytest.mark.parametrize("count", [60, pytest.param(1000, marks=pytest.mark.slow)])
+def test_no_damage_is_accepted_or_crashes(undisturbed, tmp_path, count):
+    """Catches: a change that no digest covers; an error of a library instead of a message. Digests too are damaged."""
+    shutil.copytree(next((undisturbed / "checkpoints").iterdir()) / "step_000010", tmp_path / "c")
+    Checkpoint(tmp_path / "c")
+    rng = random.Random(0)
+    files = sorted((tmp_path / "c").iterdir())
+    original = {file: file.read_bytes() for file in files}
+    for i in range(count):
+        file = files[0] if rng.random() < 0.8 else files[1]
+        file.write_bytes(mutated(original[file], rng))
+        if file.read_bytes() != original[file]:
+            with pytest.raises(CheckpointError):
+                if Checkpoint(tmp_path / "c").progress and file.suffix == ".sha256":
+                    raise CheckpointError(f"{i}: only the name after the digest was changed")
+        file.write_bytes(original[file])
+
+
+def test_a_file_with_a_digest_but_foreign_content_is_refused(undisturbed, tmp_path, tiny_data):
+    """Catches: trust in whatever has a right digest: no metadata, missing and misshaped tensors, a run id as a path."""
+    source = next((undisturbed / "checkpoints").iterdir()) / "step_000010"
+    tensors = dict(Checkpoint(source).tensors())
+    with safetensors.safe_open(source / "rank_0_of_1.safetensors", framework="pt") as file:
+        metadata = file.metadata()
+
+    def forge(tensors: dict, metadata: dict | None) -> Path:
+        folder = tmp_path / "forged"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        path = folder / "rank_0_of_1.safetensors"
+        safetensors.torch.save_file(tensors, path, metadata)
+        path.with_suffix(".sha256").write_text(train_gpt.digest(path))
+        return folder
+
+    progress = json.loads(metadata["progress"])
+    for bad in (None, {}, {"progress": "["}, {"progress": "{}"}, {"progress": "[1]"}):
+        with pytest.raises(CheckpointError, match=r"not a checkpoint of train_gpt\.py"):
+            Checkpoint(forge(tensors, bad))
+    for run_id in ("../../etc/passwd", "a/b", "", 7):
+        with pytest.raises(CheckpointError):
+            Checkpoint(forge(tensors, {"progress": json.dumps(progress | {"run_id": run_id})}))
+    trainer = train_gpt.Trainer(tiny_track(), cpu(), tiny_data, seed=0)
+    trainer.load(Checkpoint(forge(tensors, metadata)))
+    name = "optimizer.head.exp_avg"
+    for wrong in (
+        {k: v for k, v in tensors.items() if k != name},
+        tensors | {"weights.more": torch.zeros(1)},
+        tensors | {name: tensors[name].double()},
+        tensors | {name: tensors[name][:-1]},
+        tensors | {"weights.attn_bank": tensors["weights.attn_bank"][:, :-1].contiguous()},
+    ):
+        with pytest.raises(CheckpointError):
+            trainer.load(Checkpoint(forge(wrong, metadata)))
+
+
+# ---- signals, kills, ranks ----
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(tiny_data, undisturbed, tmp_path, number, code):
+    process = start(tiny_data, tmp_path)
+    wait_for(lambda: any((tmp_path / "checkpoints").glob("*/step_000004/*.safetensors")), process)
+    process.send_signal(number)
+    said, _ = process.communicate(timeout=60)
+    if process.returncode == 0:
+        pytest.skip("the run was done before the signal came")
+    assert process.returncode == code, said
+    assert re.search(rf"stopped by {number.name} after \d+ steps; go on with --resume ", said)
+    assert "Traceback" not in said
+    run(tiny_data, tmp_path)
+    assert_equal(final(tmp_path), final(undisturbed))
+
+
+def wait_for(condition, process: subprocess.Popen, seconds: float = 60) -> None:
+    """Until it holds, or the process has ended."""
+    begin = time.monotonic()
+    while not condition() and process.poll() is None and time.monotonic() - begin < seconds:
+        time.sleep(0.002)
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(50, marks=pytest.mark.slow)])
+def test_killed_runs_end_as_the_undisturbed_one(tiny_data, undisturbed, tmp_path, kills):
+    """SIGKILL at random moments, every second one while a checkpoint is being written, then resumed until done."""
+    rng, done = random.Random(1), 0
+    while done < kills:
+        out = tmp_path / str(done)
+        while True:
+            process = start(tiny_data, out)
+            begun = lambda out=out: any(out.rglob("*.safetensors")) or any(out.rglob("*.part"))
+            wait_for(begun, process)
+            if done < kills and rng.random() < 0.8:
+                if done % 2:
+                    wait_for(lambda out=out: any(out.rglob("*.part")), process)
+                else:
+                    time.sleep(rng.uniform(0, 1.0))
+                process.kill()
+                done += process.wait() != 0
+            process.communicate()
+            if process.returncode == 0:
+                break
+        assert_equal(final(out), final(undisturbed))
+        assert lines(out) == lines(undisturbed)
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), pytest.param(4, 8, marks=pytest.mark.slow)])
+def test_a_run_goes_on_with_another_number_of_ranks(tiny_data, tmp_path, before, after):
+    """To rounding, in float64. Catches: pieces joined in the wrong order or cut anew wrongly, lost padding of banks."""
+    more = ("--dtype", "float64", "--warmup")
+
+    def command(world_size: int, out: Path, *extra: object) -> None:
+        done = torchrun(world_size, REPO / "train_gpt.py", "nano", *words(tiny_data, out, *more, *extra))
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    command(before, tmp_path / "whole", "--keep-checkpoints", "99")
+    until_step(tmp_path / "cut", tmp_path / "whole", 10)
+    command(after, tmp_path / "cut")
+    found, expected = final(tmp_path / "cut"), final(tmp_path / "whole")
+    for name in expected.keys() - {"rng"}:
+        rows = min(len(found[name]), len(expected[name]))
+        a, b = found[name].double().numpy(), expected[name].double().numpy()
+        np.testing.assert_allclose(a[:rows], b[:rows], rtol=1e-7, atol=1e-9 * np.abs(b).max(), err_msg=name)
+        assert not a[rows:].any() and not b[rows:].any(), name
+    losses = [
+        [float(x) for x in re.findall(r"val_loss:(\S+)", "\n".join(lines(d)))]
+        for d in (tmp_path / "cut", tmp_path / "whole")
+    ]
+    assert losses[0] == pytest.approx(losses[1], abs=1.1e-4)
+
+
+# ---- full disks and numbers that are not finite ----
+
+
+def test_a_full_disk_ends_neither_log_nor_run(tmp_path, capsys, monkeypatch):
+    """Lines wait in memory and are written, each once and in order, when there is room again."""
+    log = train_gpt.LineFile(tmp_path / "log.txt")
+    real, room = log._file, [25]
+
+    class Full:
+        def write(self, data: bytes) -> int:
+            if not room[0]:
+                raise OSError(28, "No space left on device")
+            taken = min(len(data), room[0])
+            room[0] -= taken
+            return real.write(data[:taken])
+
+    log._file = Full()
+    for i in range(9):
+        log.write(f"line {i}")
+    assert (tmp_path / "log.txt").read_bytes() == b"line 0\nline 1\nline 2\nline"
+    assert capsys.readouterr().err.count("No space left on device") == 1, "said once"
+    room[0] = 1000
+    log.write("line 9")
+    assert (tmp_path / "log.txt").read_text() == "".join(f"line {i}\n" for i in range(10))
+    assert log.size == 70 and not log.pending
+
+
+def test_a_checkpoint_that_cannot_be_written_is_said_and_the_run_goes_on(tiny_data, tmp_path, monkeypatch, capsys):
+    real = safetensors.torch.save_file
+
+    def full(tensors, path, metadata):
+        real(tensors, path, metadata)
+        if "step_000006" in str(path):
+            raise safetensors.SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    run(tiny_data, tmp_path, "--keep-checkpoints", "99")
+    assert capsys.readouterr().err.count("No space left on device") == 1
+    (folder,) = (tmp_path / "checkpoints").iterdir()
+    assert not any((folder / "step_000006").iterdir()) and (folder / "finished").exists()
+    assert len(final(tmp_path)) > 20
+
+
+def test_a_final_checkpoint_that_cannot_be_written_is_an_error(tiny_data, tmp_path, monkeypatch):
+    def full(tensors, path, metadata):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with pytest.raises(SpeedrunError, match="final checkpoint could not be written"):
+        run(tiny_data, tmp_path)
+
+
+@pytest.mark.parametrize("poison", ["loss", "weight"])
+def test_numbers_that_are_not_finite_stop_the_run_with_step_rank_and_last_state(
+    tiny_data, tmp_path, monkeypatch, poison
+):
+    real = train_gpt.Trainer.train_step
+
+    def train_step(self, step):
+        loss = real(self, step)
+        if step == 12 and poison == "weight":
+            self.params["value_embeds"].data[0, 250, 0] = float("inf")  # a row that no token reads
+        return loss * float("nan") if step == 12 and poison == "loss" else loss
+
+    monkeypatch.setattr(train_gpt.Trainer, "train_step", train_step)
+    said = r"the loss of step 13 is" if poison == "loss" else "a weight is"
+    with pytest.raises(SpeedrunError, match=rf"{said} not finite on rank 0 of 1, after 14 .*step_000012"):
+        run(tiny_data, tmp_path, "--no-warmup")
+    assert not list((tmp_path / "checkpoints").rglob("step_000014"))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--save-every", "3"), "even"),
+        (("--keep-checkpoints", "0"), "at least 1"),
+        (("--resume", "/nowhere"), "nowhere"),
+    ],
+)
+def test_options_that_cannot_work_are_refused(tiny_data, tmp_path, options, said):
+    with pytest.raises(SpeedrunError, match=said):
+        run(tiny_data, tmp_path, *options)
+
+
+def test_saving_changes_nothing(tiny_data, undisturbed, tmp_path):
+    """The weights of a run that never saves, which stands for one by an older version, are the same."""
+    track = replace(tiny_track(), schedule=replace(tiny_track().schedule, val_every=8))
+    trainers = []
+    real = train_gpt.finish
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_gpt, "finish", lambda trainer, *a: (trainers.append(trainer), real(trainer, *a)))
+        train(track, Options(data_dir=tiny_data, log_dir=tmp_path, sample_tokens=0), cpu())
+    assert_equal(trainers[0].owned(), final(undisturbed))
+
+
+# ---- ranks that die or hang ----
+
+
+def children(process: subprocess.Popen) -> dict[int, int]:
+    """Process ids of the ranks under torchrun, by rank. Linux only."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            environ = dict(x.split("=", 1) for x in path.read_bytes().decode(errors="replace").split("\0") if "=" in x)
+            parent = int((path.parent / "stat").read_text().rsplit(")", 1)[1].split()[1])
+        except (OSError, ValueError, IndexError):
+            continue
+        if "RANK" in environ and parent == process.pid:
+            found[int(environ["RANK"])] = int(path.parent.name)
+    return found
+
+
+def under_torchrun(data_dir: Path, out: Path, *more: object) -> subprocess.Popen:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", REPO / "train_gpt.py", "nano"]
+    env = {k: v for k, v in os.environ.items() if k not in LAUNCHER_VARIABLES} | {"OMP_NUM_THREADS": "1"}
+    env["TRAIN_GPT_ERROR_FILE"] = str(out / "error")
+    out.mkdir(parents=True, exist_ok=True)
+    command = list(map(str, [sys.executable, *launcher, *words(data_dir, out, *more)]))
+    with open(out / "said.txt", "w") as said:
+        return subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, env=env)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the ranks in /proc")
+@pytest.mark.parametrize(
+    ("how", "count"),
+    [
+        ("killed", 1),
+        pytest.param("stopped", 1, marks=pytest.mark.slow),
+        pytest.param("killed", 20, marks=pytest.mark.slow),
+    ],
+)
+def test_a_lost_rank_ends_all_within_a_minute_and_is_named(tmp_path, how, count):
+    """Killed, or stopped so that it hangs, at random moments; what is left can be resumed."""
+    rng, data = random.Random(2), tmp_path / "data"
+    data.mkdir()
+    write_shard(data / "long_train_000001.bin", text_like(700_000, seed=1))  # the blow comes before the end
+    write_shard(data / "long_val_000000.bin", text_like(2000, seed=2))
+    for i in range(count):
+        out, rank = tmp_path / str(i), rng.randrange(2)
+        process = under_torchrun(data, out, "--schedule.scheduled-steps", "3000", "--save-every", "20")
+        wait_for(lambda out=out: any(out.rglob("*.sha256")), process, 120)
+        time.sleep(rng.uniform(0, 1.0))
+        ranks = children(process)
+        assert process.poll() is None and len(ranks) == 2, (out / "said.txt").read_text()[-2000:]
+        os.kill(ranks[rank], signal.SIGKILL if how == "killed" else signal.SIGSTOP)
+        began = time.monotonic()
+        process.wait(timeout=90)
+        while any(Path(f"/proc/{pid}").exists() for pid in ranks.values()):
+            assert time.monotonic() - began < 60
+            time.sleep(0.1)
+        assert time.monotonic() - began < 60 and process.returncode != 0
+        message = (out / "error").read_text()
+        assert re.match(rf"error: rank {rank} of 2 has (died|not been heard of)", message), message
+        folder = next((out / "checkpoints").iterdir())
+        assert any(is_good(step) for step in train_gpt.checkpoint_folders(folder))
+
+
+def is_good(folder: Path) -> bool:
+    try:
+        return bool(Checkpoint(folder).progress)
+    except CheckpointError:
+        return False
+
+
+def test_a_rank_that_falls_behind_or_silent_is_named(monkeypatch):
+    """Two heartbeats on one store. Catches: the wrong rank accused, or one that only waits for the other."""
+    store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", str(store.port))
+    said = []
+    monkeypatch.setattr(train_gpt.Heartbeat, "STALL", 2)
+    monkeypatch.setattr(train_gpt.Heartbeat, "SILENCE", 4)
+    monkeypatch.setattr(train_gpt.Heartbeat, "_end", lambda self, reason: said.append((self.rank, reason)))
+    ranks = [train_gpt.Heartbeat(rank, 2) for rank in range(2)]
+
+    def go_on(seconds: float, *moving: int) -> list[tuple[int, str]]:
+        said.clear()
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            for rank in moving:
+                ranks[rank].progress += 1
+            time.sleep(0.1)
+        return list(said)
+
+    try:
+        assert not go_on(3, 0, 1)
+        ranks[0].progress = ranks[1].progress = 1000
+        assert not go_on(3), "both wait, for a compiler, say: nobody is behind"
+        assert {reason.split(":")[0] for _, reason in go_on(4, 0)} == {"rank 1 of 2 hangs"}
+        ranks[1].stop()
+        assert {(0, "rank 1 of 2 has not been heard of for 4 s")} <= set(go_on(6))
+        assert ranks[0].lost() == "rank 1 of 2 has died"
+    finally:
+        for rank in ranks:
+            rank.stop()
