@@ -20,6 +20,7 @@ from train_gpt import (
     NANO,
     Loader,
     LoaderPosition,
+    Options,
     Shard,
     SpeedrunError,
     Stage,
@@ -350,9 +351,9 @@ def test_processes_that_cannot_share_the_rows_are_refused(tmp_path):
     write_shards(tmp_path, [GOOD])
     write_shards(tmp_path, [GOOD], split="val")
     track = track_with([(6, 9)], steps_each=1)
-    check(track, tmp_path, cpu(rank=1, world_size=4), stop=1)
+    check(track, Options(), tmp_path, cpu(rank=1, world_size=4), stop=1)
     with pytest.raises(SpeedrunError, match="3 processes cannot share the 8 rows"):
-        check(track, tmp_path, cpu(rank=1, world_size=3), stop=1)
+        check(track, Options(), tmp_path, cpu(rank=1, world_size=3), stop=1)
 
 
 def test_a_run_needs_the_tokens_of_its_steps_and_no_more(tmp_path):
@@ -360,9 +361,9 @@ def test_a_run_needs_the_tokens_of_its_steps_and_no_more(tmp_path):
     write_shards(tmp_path, [GOOD[:100], GOOD[:12]])
     write_shards(tmp_path, [GOOD], split="val")
     track = track_with([(6, 9)], steps_each=50)
-    check(track, tmp_path, cpu(), stop=2)
+    check(track, Options(), tmp_path, cpu(), stop=2)
     with pytest.raises(SpeedrunError, match=r"too few tokens.*112.*3 steps.*168"):
-        check(track, tmp_path, cpu(), stop=3)
+        check(track, Options(), tmp_path, cpu(), stop=3)
 
 
 @settings(max_examples=80, deadline=None)
