@@ -2369,13 +2369,21 @@ class LineFile:
         """A new file, or an existing one cut to `size` bytes. Raises OSError."""
         self.path, self.size, self.pending = path, size or 0, b""
         self._file = open(path, "xb" if size is None else "r+b", buffering=0)  # noqa: SIM115 - for the whole run
-        with contextlib.suppress(ImportError):
-            import fcntl  # not on Windows
-
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        self._claim()
         if size is not None:
             self._file.truncate(size)
             self._file.seek(size)
+
+    def _claim(self) -> None:
+        """Raise BlockingIOError where another process writes this file, as far as the system can tell."""
+        try:
+            import fcntl  # not on Windows
+
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except (ImportError, OSError):  # some network file systems know no locks
+            pass
 
     def write(self, line: str) -> None:
         had_room, data = not self.pending, (line + "\n").encode()
@@ -2520,9 +2528,8 @@ class Trainer:
         Waits for the device. Raises SpeedrunError where a loss or a weight is not finite on some rank.
         """
         world, recent = self.runtime.world_size, torch.stack(losses)
-        bad = torch.cat(
-            (~recent.isfinite(), ~torch.stack(torch._foreach_norm(list(self.params.values()))).isfinite().all()[None])
-        )
+        finite = [p.detach().norm().isfinite() for p in self.params.values()]
+        bad = ~torch.cat((recent.isfinite(), torch.stack(finite).all()[None]))
         values = torch.zeros(3 + world, dtype=torch.float64, device=recent.device)
         values[0] = recent.mean()
         values[1] = signal_here == signal.SIGTERM

@@ -32,10 +32,10 @@ def words(data_dir: Path, out: Path, *more: object) -> list[str]:
     return [*tiny_options(), *map(str, options), *map(str, more)]
 
 
-def run(data_dir: Path, out: Path, *more: object) -> None:
+def run(data_dir: Path, out: Path, *more: object, dtype: torch.dtype = torch.float32) -> None:
     """The command in this process."""
     track, options = train_gpt.parse_command(["nano", *words(data_dir, out, *more)])
-    train(track, options, cpu())
+    train(track, options, cpu(dtype))
 
 
 def start(data_dir: Path, out: Path, *more: object) -> subprocess.Popen:
@@ -99,6 +99,16 @@ def test_a_resumed_run_ends_bit_for_bit_as_the_undisturbed_one(tiny_data, undist
         events = next((folder / "logs").glob("*.jsonl")).read_text().splitlines()
         metrics.append([json.loads(event) | {"train_time": 0} for event in events])
     assert metrics[0] == metrics[1]
+
+
+def test_both_halves_of_bfloat16_weights_are_kept(tiny_data, tmp_path):
+    """Catches: a checkpoint without the low halves of the float32 masters."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    run(tiny_data, whole, "--keep-checkpoints", "99", dtype=torch.bfloat16)
+    until_step(cut, whole, 8)
+    run(tiny_data, cut, dtype=torch.bfloat16)
+    assert_equal(final(cut), final(whole))
+    assert final(whole)["optimizer.head.low"].dtype == torch.int16
 
 
 def test_the_clock_adds_up(tiny_data, undisturbed, tmp_path):
