@@ -1864,17 +1864,16 @@ class Checkpoint:
         self.folder = folder
         files = sorted(folder.glob("rank_*_of_*.safetensors"))
         match = re.fullmatch(r"rank_0_of_([1-9]\d{0,3})\.safetensors", files[0].name) if files else None
-        world_size = int(match[1]) if match else 0
+        if match is None:
+            raise CheckpointError(f"{folder}: not complete, rank_0_of_….safetensors is missing")
+        world_size = int(match[1])
         self.files = [folder / f"rank_{rank}_of_{world_size}.safetensors" for rank in range(world_size)]
-        missing = [file.name for file in self.files if not file.exists()] or (
-            [] if match else ["rank_0_of_….safetensors"]
-        )
-        if missing:
+        if missing := [file.name for file in self.files if not file.exists()]:
             raise CheckpointError(f"{folder}: not complete, {missing[0]} is missing")
         parsed = [self._verified(file) for file in self.files]
-        self.progress = parsed[0]
-        key = lambda progress: (progress.run_id, progress.step, progress.source, progress.settings, world_size)
-        if any(key(other) != key(self.progress) for other in parsed) or self.progress.world_size != world_size:
+        self.progress = first = parsed[0]
+        same = (first.run_id, first.step, first.source, first.settings, world_size)
+        if any((p.run_id, p.step, p.source, p.settings, p.world_size) != same for p in parsed):
             raise CheckpointError(f"{folder}: its files belong to different checkpoints")
 
     def _verified(self, path: Path) -> Progress:
@@ -1963,11 +1962,10 @@ class Saver:
         write_checkpoint(folder, self.runtime.rank, tensors, progress)
         self.latest = folder
         if self.runtime.rank == 0:
-            complete = [
-                f for f in checkpoint_folders(self.folder) if len(list(f.glob("*.safetensors"))) == progress.world_size
-            ]
-            for old in checkpoint_folders(self.folder):
-                if len(complete) >= self.keep and old < complete[-self.keep]:
+            folders = checkpoint_folders(self.folder)
+            complete = [f for f in folders if len(list(f.glob("*.safetensors"))) == progress.world_size]
+            for old in folders if len(complete) >= self.keep else ():
+                if old < complete[-self.keep]:
                     shutil.rmtree(old, ignore_errors=True)
 
     def finish(self) -> None:
@@ -2609,15 +2607,14 @@ class Trainer:
             if name == "rng":
                 torch.set_rng_state(whole)
                 continue
-            target, begin = targets.pop(name, (None, 0))
-            if target is not None and "_bank" in name:  # padded with zero matrices to a multiple of the ranks
-                lacking = max(begin + len(target) - len(whole), 0)
-                whole = torch.cat((whole, whole.new_zeros(lacking, *whole.shape[1:])))[begin : begin + len(target)]
-            elif target is not None:
-                whole = whole[begin : begin + len(target)]
-            if target is None or (target.shape, target.dtype) != (whole.shape, whole.dtype):
+            target, begin = targets.pop(name, (whole[:0], 0))
+            end = begin + len(target)
+            if "_bank" in name:  # padded with zero matrices to a multiple of the ranks
+                whole = torch.cat((whole, whole.new_zeros(max(end - len(whole), 0), *whole.shape[1:])))
+            piece = whole[begin:end]
+            if not len(target) or (target.shape, target.dtype) != (piece.shape, piece.dtype):
                 raise CheckpointError(f"{checkpoint.folder}: {name} does not fit this model.")
-            target.copy_(whole)
+            target.copy_(piece)
         if targets:
             raise CheckpointError(f"{checkpoint.folder}: {next(iter(targets))} is missing.")
         self.loader.position = checkpoint.progress.loader
