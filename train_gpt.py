@@ -2388,12 +2388,27 @@ class LineFile:
         self.pending += data
         self.size += len(data)
         try:
-            while self.pending:
-                self.pending = self.pending[self._file.write(self.pending) :]
+            self._flush()
         except OSError as error:
             if had_room:
                 message = f"warning: {self.path}: cannot be written ({error.strerror}); the run goes on and tries again"
                 tqdm.write(message, file=sys.stderr)
+
+    def _flush(self) -> None:
+        while self.pending:
+            self.pending = self.pending[self._file.write(self.pending) :]
+
+    def close(self) -> None:
+        """Close the file. Raises SpeedrunError, with the last lines in it, where there is still no room for them."""
+        try:
+            self._flush()
+        except OSError as error:
+            lines = self.pending.decode(errors="replace").splitlines()
+            raise SpeedrunError(
+                f"{self.path}: not complete, its last {len(lines)} lines cannot be written ({error.strerror}). "
+                "They end with:\n" + "\n".join(lines[-20:])
+            ) from error
+        self._file.close()
 
 
 class RunLog:
@@ -2459,6 +2474,11 @@ class RunLog:
             for key, value in numbers.items() if self.board else ():
                 self.board.add_scalar(key, value, step)
         return line
+
+    def close(self) -> None:
+        """Close the files. Raises SpeedrunError where there is no room for their last lines."""
+        for file in (self.metrics, self.file) if self.file is not None else ():
+            file.close()
 
 
 def new_run_id(name: str, runtime: Runtime) -> str:
@@ -2706,6 +2726,7 @@ def train(track: Track, options: Options, runtime: Runtime) -> float:
         log.write(f"compilations after the clock started: {compilations() - graphs}")
     finish(trainer, log, options, clock.elapsed, val_loss, stop, say)
     saver.finish()
+    log.close()
     return val_loss
 
 

@@ -1,9 +1,12 @@
 """Writes the shards of the `nano` track: the Python sources of the installed torch wheel, one token per byte.
 
     python data/nano.py [--out DIR]        # default: data/nano/ beside this script
+    python data/nano.py --tuning           # data/nano_tuning/: to choose numbers without the data they are judged on
 
 No network, no account: torch is needed for training anyway, and its sources are the same 45 MB of text for everybody.
-Documents are the files `torch/**/*.py` of the wheel, sorted by path; each is the BOS token 256 followed by its bytes.
+Documents are the files `torch/**/*.py` of the wheel, sorted by path; each is the BOS token 256 followed by its bytes. A
+twentieth of them is for validation, drawn by the hash of the path. With --tuning those are left out, and another
+twentieth of them is taken out of training for validation instead.
 
 torch is located but never imported, which would take seconds.
 """
@@ -24,14 +27,17 @@ import numpy as np
 from shards import ShardError, exclusive, new_file, sha256_of, shard_header
 
 BOS = 256  # bytes are 0..255
-VAL_ONE_IN = 20  # documents
+PARTS = 20  # of the documents; part 0 is for validation, part 1 for validation while tuning
 VAL_SHARD, TRAIN_SHARD = "nano_val_000000.bin", "nano_train_000001.bin"
+TUNING_VAL_SHARD, TUNING_TRAIN_SHARD = "tuning_val_000000.bin", "tuning_train_000001.bin"
 SIDECAR = "nano.json"  # torch version, hashes and counts of the shards beside it
 
 PINNED_TORCH = "2.13.0"
 PINNED_SHA256 = {
     VAL_SHARD: "5041c48ac805fc457bbb5c745c79952d5b4d3e01c4a0de848e6bdf3e1052b3e7",
     TRAIN_SHARD: "2c47f1d9755de533572482b69c195d546ae20d02f1138511755ee669972f2582",
+    TUNING_VAL_SHARD: "37717eb312ada7ae40e35b54dc14d0a5d52fc909ced93a007a85f5407db04393",
+    TUNING_TRAIN_SHARD: "83d2ea80047b02659f8b4c07d46b6a74a67fcfa85b934169670ace7aacfcfb1d",
 }
 
 
@@ -86,9 +92,16 @@ def read_documents(folder: Path) -> Iterator[tuple[str, bytes]]:
             yield name, text
 
 
-def in_validation(name: str) -> bool:
-    """Whether the document of this name (posix path relative to the torch folder) is held out for validation."""
-    return int(hashlib.sha256(name.encode()).hexdigest(), 16) % VAL_ONE_IN == 0
+def part_of(name: str) -> int:
+    """The part, of PARTS, of the document of this name (posix path relative to the torch folder)."""
+    return int(hashlib.sha256(name.encode()).hexdigest(), 16) % PARTS
+
+
+def shard_of(name: str, tuning: bool) -> str | None:
+    """The shard that the document of this name goes into; None: none of them."""
+    if not tuning:
+        return VAL_SHARD if part_of(name) == 0 else TRAIN_SHARD
+    return {0: None, 1: TUNING_VAL_SHARD}.get(part_of(name), TUNING_TRAIN_SHARD)
 
 
 def shard_bytes(documents: list[bytes]) -> bytes:
@@ -130,11 +143,11 @@ def check_pin(name: str, sha256: str, version: str, folder: Path) -> None:
     )
 
 
-def verified_sidecar(out: Path, version: str) -> dict | None:
+def verified_sidecar(out: Path, version: str, names: tuple[str, str]) -> dict | None:
     """The sidecar if the shards beside it were made from this torch version and have the hashes it gives, else None."""
     try:
         sidecar = json.loads((out / SIDECAR).read_text())
-        for name in (VAL_SHARD, TRAIN_SHARD):
+        for name in names:
             sha256 = sidecar["shards"][name]["sha256"]
             if version == PINNED_TORCH and sha256 != PINNED_SHA256[name]:
                 return None
@@ -145,12 +158,13 @@ def verified_sidecar(out: Path, version: str) -> dict | None:
         return None
 
 
-def build(out: Path, version: str) -> dict:
+def build(out: Path, version: str, names: tuple[str, str], tuning: bool) -> dict:
     """Writes both shards and the sidecar into `out`; returns the sidecar."""
     folder = torch_folder()
-    documents: dict[str, list[bytes]] = {VAL_SHARD: [], TRAIN_SHARD: []}
+    documents: dict[str, list[bytes]] = {name: [] for name in names}
     for name, text in read_documents(folder):
-        documents[VAL_SHARD if in_validation(name) else TRAIN_SHARD].append(text)
+        if shard := shard_of(name, tuning):
+            documents[shard].append(text)
     sidecar: dict = {"torch": version, "shards": {}}
     contents = {}
     for name, texts in documents.items():
@@ -173,23 +187,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description="Writes the shards of the nano track from the installed torch's sources."
     )
-    default = Path(__file__).resolve().parent / "nano"
-    parser.add_argument(
-        "--out", type=Path, default=default, metavar="DIR", help="folder of the shards (default: %(default)s)"
-    )
-    out = parser.parse_args().out
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the shards (default: nano or nano_tuning)")
+    parser.add_argument("--tuning", action="store_true", help="leave the validation documents out, hold out others")
+    options = parser.parse_args()
+    names = (TUNING_VAL_SHARD, TUNING_TRAIN_SHARD) if options.tuning else (VAL_SHARD, TRAIN_SHARD)
+    out = options.out or Path(__file__).resolve().parent / ("nano_tuning" if options.tuning else "nano")
     start = time.perf_counter()
     try:
         version = torch_version()
-        sidecar, verb = verified_sidecar(out, version), "found"
+        sidecar, verb = verified_sidecar(out, version, names), "found"
         if sidecar is None:
             with exclusive(out):
-                sidecar = verified_sidecar(out, version)  # another process may have written them meanwhile
+                sidecar = verified_sidecar(out, version, names)  # another process may have written them meanwhile
                 if sidecar is None:
-                    sidecar, verb = build(out, version), "wrote"
+                    sidecar, verb = build(out, version, names, options.tuning), "wrote"
     except (ShardError, OSError) as error:
         sys.exit(f"data/nano.py: error: {error}")
-    val, train = (sidecar["shards"][name]["tokens"] for name in (VAL_SHARD, TRAIN_SHARD))
+    val, train = (sidecar["shards"][name]["tokens"] for name in names)
     seconds = time.perf_counter() - start
     print(f"nano data: {verb} {val:,} val and {train:,} train tokens of torch {version} in {out} ({seconds:.1f} s)")
     if version != PINNED_TORCH:

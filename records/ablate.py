@@ -113,12 +113,17 @@ def find_results(out: Path) -> list[Result]:
 
 def run(variant: str, seed: int, out: Path, threads: int | None, extra: list[str]) -> None:
     """Train one variant. Raises RuntimeError, with the end of what it printed, where that fails."""
-    words = [sys.executable, str(REPO / "train_gpt.py"), "nano", "--seed", str(seed), *COMMON, *VARIANTS[variant]]
-    command = [*words, "--log-dir", str(folder_of(variant, out)), *extra]
+    words = ["--seed", str(seed), *COMMON, *VARIANTS[variant], "--log-dir", str(folder_of(variant, out))]
+    launch([*words, *extra], threads)
+
+
+def launch(words: list[str], threads: int | None) -> None:
+    """`train_gpt.py nano` with these options. Raises RuntimeError, with the end of what it printed, where it fails."""
+    command = [sys.executable, str(REPO / "train_gpt.py"), "nano", *words]
     env = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
     if done.returncode:
-        raise RuntimeError(f"{variant}, seed {seed}: exit code {done.returncode}\n{done.stdout[-2000:]}")
+        raise RuntimeError(f"nano {' '.join(words)}: exit code {done.returncode}\n{done.stdout[-2000:]}")
 
 
 def run_all(variants: list[str], seeds: int, out: Path, jobs: int, extra: list[str]) -> list[str]:

@@ -1,5 +1,6 @@
 """Checkpoints: a run that was killed, stopped or resumed with other ranks ends as if nothing had happened."""
 
+import io
 import json
 import os
 import random
@@ -354,7 +355,7 @@ def test_a_full_disk_ends_neither_log_nor_run(tmp_path, capsys, monkeypatch):
     log = train_gpt.LineFile(tmp_path / "log.txt")
     real, room = log._file, [25]
 
-    class Full:
+    class Full(io.RawIOBase):
         def write(self, data: bytes) -> int:
             if not room[0]:
                 raise OSError(28, "No space left on device")
@@ -371,6 +372,13 @@ def test_a_full_disk_ends_neither_log_nor_run(tmp_path, capsys, monkeypatch):
     log.write("line 9")
     assert (tmp_path / "log.txt").read_text() == "".join(f"line {i}\n" for i in range(10))
     assert log.size == 70 and not log.pending
+    room[0] = 0
+    log.write("lost")
+    with pytest.raises(SpeedrunError, match=r"its last 1 lines cannot be written[^$]*\nlost"):
+        log.close()
+    room[0] = 1000
+    log.close()
+    assert (tmp_path / "log.txt").read_text().endswith("line 9\nlost\n")
 
 
 def test_a_checkpoint_that_cannot_be_written_is_said_and_the_run_goes_on(tiny_data, tmp_path, monkeypatch, capsys):

@@ -26,6 +26,10 @@ def is_val(name: str) -> bool:
     return int.from_bytes(hashlib.sha256(name.encode()).digest(), "big") % 20 == 0
 
 
+def is_tuning_val(name: str) -> bool:
+    return int.from_bytes(hashlib.sha256(name.encode()).digest(), "big") % 20 == 1
+
+
 def plain_shard(documents: list[bytes]) -> bytes:
     """The shard format of SPEC section 2, token by token."""
     tokens = [token for text in documents for token in (256, *text)]
@@ -34,7 +38,10 @@ def plain_shard(documents: list[bytes]) -> bytes:
 
 def read_documents(shard: Path) -> list[bytes]:
     """Documents of a shard, split at the BOS token."""
-    content = shard.read_bytes()
+    return read_from(shard.read_bytes())
+
+
+def read_from(content: bytes) -> list[bytes]:
     magic, version, count = struct.unpack("<3i", content[:12])
     assert (magic, version) == (20240520, 1)
     assert len(content) == 1024 + 2 * count
@@ -74,10 +81,10 @@ class FakeTorch:
     def set_version(self, version: str) -> None:
         (self.info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\n")
 
-    def build(self, out: Path, code: int = 0) -> subprocess.CompletedProcess:
+    def build(self, out: Path, code: int = 0, *more: str) -> subprocess.CompletedProcess:
         """Runs the script on this torch, and on nothing else, and expects this exit code."""
         environment = {**os.environ, "PYTHONPATH": str(self.site)}
-        command = [sys.executable, str(SCRIPT), "--out", str(out)]
+        command = [sys.executable, str(SCRIPT), "--out", str(out), *more]
         result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
         assert result.returncode == code, result.stdout + result.stderr
         assert "Traceback" not in result.stderr
@@ -103,6 +110,19 @@ def test_shards_hold_the_sources_as_the_spec_says(torch_tree: FakeTorch, tmp_pat
     assert b"the same everywhere\n" in read_documents(tmp_path / "out" / TRAIN) + read_documents(tmp_path / "out" / VAL)
     assert names(tmp_path / "out") == ["nano.json", TRAIN, VAL]
     assert "notice" in result.stdout and "9.9.0" in result.stdout and "not comparable" in result.stdout
+
+
+def test_tuning_never_sees_what_is_judged(torch_tree: FakeTorch, tmp_path: Path):
+    """Catches: a validation document of the track in either shard, or one of tuning in both."""
+    out = tmp_path / "out"
+    torch_tree.build(out, 0, "--tuning")
+    val, train = (read_documents(out / f"tuning_{name}.bin") for name in ("val_000000", "train_000001"))
+    kept = [SOURCES[name] for name in sorted(SOURCES) if not is_val(name)]
+    assert val == [SOURCES[name] for name in sorted(SOURCES) if is_tuning_val(name)] and val
+    assert [text for text in kept if text not in val] == [text for text in train if text in SOURCES.values()]
+    assert not set(read_from(torch_tree.val)) & {*val, *train}
+    assert "found" in torch_tree.build(out, 0, "--tuning").stdout
+    assert names(out) == ["nano.json", "tuning_train_000001.bin", "tuning_val_000000.bin"]
 
 
 def test_windows_line_ends_give_the_same_shards(torch_tree: FakeTorch, tmp_path: Path):

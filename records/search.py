@@ -1,0 +1,289 @@
+"""Looks for better numbers of `nano`: successive halving at equal training time, on files held out for tuning.
+
+    python records/search.py --candidates 27 --steps 300 --jobs 2     # into records/nano/search
+    python records/search.py --table                                  # no training: what is there, ranked
+
+Candidates are the track with one to three of the changes in SPACE, drawn at random. How long their steps take is
+measured against those of the track, alternately, and a candidate gets as many steps as fit into the same time. All
+train with one seed; the best third goes on with two more seeds, the best third of that with six more, and so on. The
+track as it is goes through all rounds. Rounds use the shards of `python data/nano.py --tuning`, which leave out the
+bytes that a record is judged on. Every run is a line of search.csv, so an interrupted search goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+from ablate import REPO, launch
+from runlogs import parse_log
+
+THIRD = 3  # of the candidates goes on to the next round, with three times as many seeds
+DATA = REPO / "data" / "nano_tuning"
+# Enough bytes to tell 0.01 nats apart, and 4 times as fast as all.
+COMMON = ("--data-dir", str(DATA), "--data.val-tokens", "131072", "--sample-tokens", "0", "--val-every", "0")
+STAGES = ("stages.0", "stages.1", "stages.2")
+
+
+def option(name: str, *values: object) -> list[tuple[str, ...]]:
+    """An alternative for each value of an option of train_gpt.py."""
+    return [(f"--{name}", *str(value).split()) for value in values]
+
+
+def of_stages(name: str, *rows: tuple[object, ...]) -> list[tuple[str, ...]]:
+    """An alternative for each row, which has a value per stage."""
+    flags = [f"--schedule.{stage}.{name}" for stage in STAGES]
+    return [tuple(w for f, v in zip(flags, row, strict=True) for w in (f, *str(v).split())) for row in rows]
+
+
+def rule(names: str, name: str, *values: object) -> list[tuple[str, ...]]:
+    """An alternative for each value of a field of the rules of some parameters."""
+    return [tuple(w for n in names.split() for w in (f"--optimizer.rules.{n}.{name}", str(v))) for v in values]
+
+
+SPACE: dict[str, list[tuple[str, ...]]] = {
+    "layers": option("model.num-layers", 4, 6),
+    "heads": [
+        ("--model.num-heads", "4", "--model.head-dim", "32"),
+        ("--model.num-heads", "4", "--model.head-dim", "24"),
+        ("--model.num-heads", "2", "--model.head-dim", "80"),
+        ("--model.num-heads", "4", "--model.head-dim", "48"),
+    ],
+    "mlp ratio": option("model.mlp-ratio", 2, 3, 6),
+    "attention everywhere": [("--model.without-attention",)],
+    "paired layers": option("model.paired-layers", "", "0", "2"),
+    "long layers": option("model.long-layers", "0 1 4", "1", "1 2 4", "0 1 2 3 4"),
+    "value embeddings": option("model.value-embeds", "0 0 1 1 2 2 4 0", "0 0 1 1 2 2 4 3", "0 0 4 1", "1 0 4 1"),
+    "no skip": [("--model.skips",)],
+    "no backout": option("model.backout-layer", 99),
+    "no smear": [("--model.no-smear",)],
+    "no attention gates": [("--model.no-attention-gates",)],
+    "residual weight": option("model.resid-lambda", 1.0, 1.2),
+    "tokens": of_stages("tokens", (1024,) * 3, (1024, 1024, 1536), (512, 1024, 2048), (1024, 2048, 2048), (2048,) * 3),
+    "windows": of_stages(
+        "windows", ("64 128",) * 3, ("64 192",) * 3, ("64 256",) * 3, ("32 128", "32 192", "32 256"), ("64 384",) * 3
+    ),
+    "document length": of_stages("max-doc-len", (512,) * 3, (1024,) * 3, (4096,) * 3, (512, 1024, 2048)),
+    "prediction weights": of_stages(
+        "prediction-weights", ("1 1",) * 3, ("1 1 0.5 0", "1 1", "1 1"), ("1 1 0.5 0.5", "1 1 0.5 0", "1 1")
+    ),
+    "peak lr": of_stages("lr", (1.0, 1.2, 1.4), (1.0, 0.9, 0.8)),
+    "cooldown": option("schedule.cooldown", 0.35, 0.65, 0.8),
+    "final lr": option("schedule.final-lr", 0.03, 0.2),
+    "attention scale": option("schedule.attn-scale", 0.12, 0.16, 0.25),
+    "momentum": option("schedule.momentum", "0.8 0.9", "0.85 0.92", "0.9 0.95"),
+    "momentum steps": option("schedule.momentum-steps", "50 20", "200 20"),
+    "untie": option("schedule.untie", 0.3, 0.5, 2),
+    "Adam lr": option("optimizer.adam-lr", 0.008, 0.012, 0.022, 0.03),
+    "Adam decay": option("optimizer.adam-decay", 0.0, 0.001),
+    "Muon lr": option("optimizer.muon-lr", 0.016, 0.03, 0.04),
+    "Muon decay": option("optimizer.muon-decay", 0.3, 0.6, 2.4),
+    "Muon beta2": option("optimizer.muon-beta2", 0.9, 0.98),
+    "rounds of Polar Express": option("optimizer.polar-express-rounds", 3, 4),
+    "value embedding lr": rule("value-embeds", "lr-mul", 20, 40, 150),
+    "scalar lr": rule("resid-lambda sa-lambda x0-lambda skip-lambda backout-lambda", "lr-mul", 1, 2.5, 10),
+    "gate lr": rule("attn-gates value-gates", "lr-mul", 0.3, 3),
+    "MLP projection lr": rule("mlp-bank", "lr-mul", 1),
+}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run, as a line of search.csv."""
+
+    change: str  # names in SPACE
+    words: str  # options of train_gpt.py
+    steps: int
+    seed: int
+    loss: float
+
+
+Candidate = tuple[str, tuple[str, ...]]  # names and options
+TRACK: Candidate = ("track", ())
+
+
+def draw(count: int, seed: int, fixed: tuple[str, ...] = ()) -> list[Candidate]:
+    """The track, and `count` different candidates: each has one to three changes to it."""
+    generator, found = random.Random(seed), {TRACK[0]: TRACK}
+    while len(found) <= count:
+        names = sorted(generator.sample(list(SPACE), generator.choice((1, 1, 2, 3))))
+        picks = [generator.choice(SPACE[name]) for name in names]
+        if any(set(pick) & set(fixed) & {w for w in pick if w.startswith("--")} for pick in picks):
+            continue  # what --extra fixes
+        words = tuple(word for pick in picks for word in pick)
+        found.setdefault(" ".join(words), (", ".join(names), words))
+    return list(found.values())
+
+
+def relative_cost(words: tuple[str, ...], extra: tuple[str, ...], pairs: int = 3) -> float:
+    """Time of a step of a candidate over that of the track, mean over the stages, measured alternately.
+
+    Raises SpeedrunError where the candidate is impossible.
+    """
+    sys.path.insert(0, str(REPO))
+    import train_gpt
+
+    trainers, seconds = [], ([], [])
+    for more in ((), words):
+        track, options = train_gpt.parse_command(["nano", *COMMON, *extra, *more], quiet=True)
+        trainers.append(train_gpt.Trainer(track, train_gpt.Runtime.create(options), DATA, 0))
+    for stage in range(len(STAGES)):
+        taken = ([], [])
+        for pair in range(-1, pairs):  # the first is a warm-up
+            for trainer, times in zip(trainers, taken, strict=True):
+                start = trainer.track.schedule.boundaries()[stage] // 2 * 2
+                began = time.perf_counter()
+                for step in range(start, start + 2):  # Adam steps on odd ones
+                    trainer.train_step(step)
+                if pair >= 0:
+                    times.append(time.perf_counter() - began)
+        for all_stages, times in zip(seconds, taken, strict=True):
+            all_stages.append(statistics.median(times))
+    return sum(seconds[1]) / sum(seconds[0])
+
+
+def train(candidate: Candidate, steps: int, seed: int, threads: int | None, extra: tuple[str, ...]) -> Trial:
+    """Raises RuntimeError, with the end of what it printed, where the run fails."""
+    name, words = candidate
+    with tempfile.TemporaryDirectory() as folder:
+        options = [*COMMON, "--schedule.scheduled-steps", str(steps), "--seed", str(seed), "--log-dir", folder]
+        launch([*options, *extra, *words], threads)
+        (log,) = Path(folder).glob("*.txt")
+        return Trial(name, " ".join(words), steps, seed, parse_log(log).final.val_loss)
+
+
+def read_trials(path: Path) -> list[Trial]:
+    if not path.exists():
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        return [
+            Trial(row["change"], row["words"], int(row["steps"]), int(row["seed"]), float(row["loss"]))
+            for row in csv.DictReader(file)
+        ]
+
+
+def append(trial: Trial, path: Path) -> None:
+    new = not path.exists()
+    with open(path, "a", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        if new:
+            writer.writerow(Trial.__annotations__)
+        writer.writerow([trial.change, trial.words, trial.steps, trial.seed, f"{trial.loss:.4f}"])
+
+
+def by_words(trials: list[Trial]) -> dict[str, dict[int, Trial]]:
+    found: dict[str, dict[int, Trial]] = {}
+    for trial in trials:
+        found.setdefault(trial.words, {})[trial.seed] = trial
+    return found
+
+
+def ranked(candidates: list[Candidate], trials: list[Trial], seeds: int) -> list[Candidate]:
+    """Those that have run with all of the first `seeds` seeds, the best mean loss first."""
+    runs = by_words(trials)
+    means = {}
+    for candidate in candidates:
+        losses = [t.loss for seed, t in runs.get(" ".join(candidate[1]), {}).items() if seed < seeds]
+        if len(losses) == seeds:
+            means[candidate] = statistics.mean(losses)
+    return sorted(means, key=means.get)
+
+
+def search(options: argparse.Namespace, path: Path) -> None:
+    """All rounds. A candidate that is impossible or fails is said and left out."""
+    import os
+
+    from tqdm import tqdm
+
+    extra = tuple(options.extra)
+    threads = max((os.cpu_count() or 1) // options.jobs, 1) if options.jobs > 1 else None
+    trials, alive = read_trials(path), draw(options.candidates, options.seed, extra)
+    steps = {t.words: t.steps for t in trials}
+    for candidate in tqdm(alive, desc="step times", unit="candidate"):
+        words = " ".join(candidate[1])
+        if words in steps:
+            continue
+        try:
+            cost = relative_cost(candidate[1], extra) if words else 1.0
+            steps[words] = round(options.steps / cost / 2) * 2
+        except Exception as error:
+            tqdm.write(f"{words}: left out: {error}", file=sys.stderr)
+    alive = [candidate for candidate in alive if " ".join(candidate[1]) in steps]
+    seeds = 1
+    while True:
+        done = by_words(trials)
+        todo = [(c, s) for s in range(seeds) for c in alive if s not in done.get(" ".join(c[1]), {})]
+        with ThreadPoolExecutor(options.jobs) as pool, tqdm(total=len(todo), desc=f"{seeds} seeds", unit="run") as bar:
+            runs = [pool.submit(train, c, steps[" ".join(c[1])], s, threads, extra) for c, s in todo]
+            try:
+                for future in as_completed(runs):
+                    try:
+                        trials.append(future.result())
+                        append(trials[-1], path)
+                    except RuntimeError as error:
+                        tqdm.write(str(error), file=sys.stderr)
+                    bar.update()
+            except KeyboardInterrupt:
+                pool.shutdown(cancel_futures=True)
+                raise
+        if len(alive) <= THIRD:
+            return
+        best = ranked(alive, trials, seeds)
+        alive = [TRACK, *(c for c in best[: max(len(best) // THIRD, 1)] if c != TRACK)]
+        seeds *= THIRD
+
+
+def table(trials: list[Trial]) -> str:
+    """Markdown: a row per candidate, those with most seeds first, then by loss; the change is paired by seed."""
+    from scipy import stats
+
+    runs = by_words(trials)
+    base, rows = runs.get("", {}), []
+    for words, of_seed in runs.items():
+        seeds = sorted(of_seed.keys() & base.keys())
+        if not seeds:
+            continue
+        change = [of_seed[s].loss - base[s].loss for s in seeds]
+        p = f"{stats.ttest_1samp(change, 0).pvalue:.2g}" if words and len(seeds) > 1 else ""
+        mean = statistics.mean(of_seed[s].loss for s in seeds)
+        first = of_seed[seeds[0]]
+        cells = (first.change, f"`{words}`" if words else "", first.steps, len(seeds), f"{mean:.4f}")
+        rows.append((-len(seeds), mean, (*cells, f"{statistics.mean(change):+.4f}" if words else "", p)))
+    lines = ["| change | options | steps | n | loss | change | p |", "| --- | --- | --- | --- | --- | --- | --- |"]
+    return "\n".join(lines + ["| " + " | ".join(map(str, cells)) + " |" for *_, cells in sorted(rows)])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Successive halving over changes of nano, at equal training time.")
+    parser.add_argument("--candidates", type=int, default=27, metavar="N")
+    parser.add_argument("--steps", type=int, default=300, metavar="N", help="scheduled steps of the track")
+    parser.add_argument("--seed", type=int, default=0, help="of the candidates drawn")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time, which share the cores")
+    parser.add_argument("--out", type=Path, default=REPO / "records" / "nano" / "search", metavar="FOLDER")
+    parser.add_argument("--table", action="store_true", help="no training: only the table of what is there")
+    parser.add_argument("--extra", nargs=argparse.REMAINDER, default=[], help="options of train_gpt.py for all; last")
+    options = parser.parse_args()
+    path = options.out / "search.csv"
+    try:
+        if not options.table:
+            options.out.mkdir(parents=True, exist_ok=True)
+            subprocess.run([sys.executable, str(REPO / "data" / "nano.py"), "--tuning"], check=True)
+            search(options, path)
+        print(table(read_trials(path)))
+    except KeyboardInterrupt:
+        sys.exit("interrupted: complete runs are kept; call it again to go on")
+    except (subprocess.CalledProcessError, OSError) as error:
+        sys.exit(f"records/search.py: error: {error}")
+
+
+if __name__ == "__main__":
+    main()
