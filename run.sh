@@ -48,11 +48,11 @@ if [ "$#" -gt 0 ]; then
   esac
 fi
 
-help='' data_dir='' device=auto previous=''
+no_run='' data_dir='' device=auto previous=''
 for option in "$@"; do
   case $previous in --device) device=$option ;; esac
   case $option in
-    --help | -h) help=yes ;;
+    --help | -h | --plan) no_run=yes ;;
     --data-dir | --data-dir=* | --data_dir | --data_dir=*) data_dir=given ;;
     --device=*) device=${option#--device=} ;;
   esac
@@ -68,7 +68,7 @@ else
 fi
 command -v "$python" >/dev/null 2>&1 || die "no Python interpreter '$python': install Python 3.11 or newer, or name one with PYTHON=…"
 
-[ -z "$help" ] || exec "$python" "$repo/train_gpt.py" ${track:+"$track"} "$@"
+[ -z "$no_run" ] || exec "$python" "$repo/train_gpt.py" ${track:+"$track"} "$@"
 
 # ---- processes: one per GPU, a number that divides the 8 rows of a step; one on the CPU and for nano ----
 
@@ -120,7 +120,9 @@ fi
 if [ -z "$data_dir" ]; then
   case $track in
     nano) "$python" "$repo/data/nano.py" ;;
-    small | medium | xl) "$python" "$repo/data/cached_fineweb10B.py" ;;
+    small) "$python" "$repo/data/cached_fineweb10B.py" ;;
+    medium) "$python" "$repo/data/cached_fineweb10B.py" 30 ;;
+    xl) "$python" "$repo/data/cached_fineweb10B.py" 140 --dataset fineweb100B ;;
   esac # another name is no track: train_gpt.py says which there are
 fi
 

@@ -12,7 +12,6 @@ learning rate, momentum, rotary frequencies, whether the embedding is tied, ...)
 
 from __future__ import annotations
 
-import codecs
 import contextlib
 import ctypes
 import dataclasses
@@ -32,12 +31,12 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn, get_args, get_origin, get_type_hints
+from typing import Annotated, Literal, NoReturn
 
 import numpy as np
 import safetensors.torch
@@ -325,6 +324,8 @@ class Track:
     data: DataConfig
     schedule: Schedule
     optimizer: OptimizerConfig
+    coordinate_descent_tuning: bool = False
+    """Let inductor tune its kernels by coordinate descent, which takes long; the rules allow it on `medium` alone."""
 
     def at(self, step: int) -> Settings:
         """The settings of a training step, 0 <= step < schedule.total_steps."""
@@ -427,6 +428,103 @@ SMALL = Track(
     optimizer=OptimizerConfig(),
 )
 
+# The length and width of GPT-2 medium. Learning rates are those of SPEC section 9 over adam_lr.
+MEDIUM_ADAM = {"betas": (0.8, 0.95), "eps": 1e-8}
+MEDIUM = Track(
+    name="medium",
+    target_loss=2.92,
+    model=ModelConfig(
+        vocab_size=50257,
+        num_layers=16,
+        num_heads=8,
+        head_dim=128,
+        without_attention=(),
+        paired_layers=(),
+        long_layers=(0, 4, 11, 15),
+        value_embeds=tuple((layer, layer % 11) for layer in (0, 1, 2, 3, 4, 11, 12, 13, 14, 15)),
+        skips=((6, 9), (4, 10), (2, 11)),
+        backout_layer=11,
+        second_embed=True,
+        gate_dim=16,
+        resid_lambda=1.05,
+    ),
+    data=replace(SMALL.data, fetch="python data/cached_fineweb10B.py 30", val_tokens=10_485_760),
+    schedule=Schedule(
+        scheduled_steps=4700,
+        extension_steps=40,
+        stages=tuple(
+            Stage(
+                tokens=16384 * min(8 * (i + 1), 32),
+                windows=(128 * min(long // 2, 11), 128 * long),
+                lr=(1.0, 1.52, 1.73, 2.0)[min(i, 3)],
+                # Those of `small`, whose three stages are the first quarter here.
+                prediction_weights=SMALL.schedule.stages[min(i, 2)].prediction_weights,
+                max_doc_len=4096,
+            )
+            for i, long in enumerate((3, 7, 11, 13, 15, 17, 19, 21, 23, 23, 23, 23))
+        ),
+        extension=Stage(32 * 16384, (11 * 128, 23 * 128), 0.1, ((1.0, 1.0),), max_doc_len=4096),
+        final_long_window=27 * 128,
+        yarn_max_window=13 * 128,
+        cooldown=0.7,
+        untie=1 / 6,
+    ),
+    coordinate_descent_tuning=True,
+    optimizer=OptimizerConfig(
+        adam_lr=0.004,
+        muon_lr=0.015,
+        rules=replace(
+            SMALL.optimizer.rules,
+            **{
+                name: replace(getattr(SMALL.optimizer.rules, name), **MEDIUM_ADAM)
+                for name in ("embed", "head", "value_embeds", "embed2", "x0_lambda", "x02_lambda")
+            },
+            **{
+                name: replace(getattr(SMALL.optimizer.rules, name), lr_mul=(10.0,))  # of 0.004: 5 times 0.008
+                for name in ("resid_lambda", "sa_lambda", "smear_lambda", "skip_lambda", "backout_lambda")
+            },
+            **{
+                name: replace(getattr(SMALL.optimizer.rules, name), lr_mul=(0.1,))
+                for name in ("smear_gate", "skip_gate", "attn_gates", "value_gates")
+            },
+        ),
+    ),
+)
+
+# `small` at the depth and width of GPT-2 XL, its layout stretched, its batch larger; learning rates of `medium`.
+XL = Track(
+    name="xl",
+    target_loss=2.77,
+    model=replace(
+        SMALL.model,
+        num_layers=52,
+        num_heads=12,
+        without_attention=(28,),
+        paired_layers=(0, 9, 24, 43),
+        long_layers=(14, 47, 51),
+        value_embeds=((0, 1), (1, 2), (49, 0), (50, 1), (51, 2)),
+        skips=((14, 28),),
+        backout_layer=33,
+    ),
+    data=replace(
+        SMALL.data,
+        dataset="fineweb100B",
+        fetch="python data/cached_fineweb10B.py 140 --dataset fineweb100B",
+        rows_per_step=64,  # short rows: the activations of one at a time fit into 80 GB beside the weights
+        val_tokens=10_485_760,
+        val_row_tokens=16_384,
+    ),
+    schedule=replace(
+        SMALL.schedule,
+        scheduled_steps=20_304,
+        stages=tuple(
+            replace(stage, tokens=245_760 * (i + 1), max_doc_len=4096) for i, stage in enumerate(SMALL.schedule.stages)
+        ),
+        extension=replace(SMALL.schedule.extension, tokens=737_280, max_doc_len=4096),
+    ),
+    optimizer=OptimizerConfig(adam_lr=0.004, muon_lr=0.015),
+)
+
 NANO = Track(
     name="nano",
     target_loss=1.22,
@@ -467,6 +565,8 @@ NANO = Track(
     ),
     optimizer=OptimizerConfig(adam_lr=0.016),
 )
+
+TRACKS = {track.name: track for track in (NANO, SMALL, MEDIUM, XL)}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1320,7 +1420,8 @@ class GPT(nn.Module):
         if config.backout_layer < L:
             scalars["backout_lambda"] = torch.full((), 0.5)
         if config.second_embed:
-            weights["embed2"] = torch.zeros(V, d)
+            # Not zero: with x02_lambda zero as well, neither would ever have a gradient.
+            weights["embed2"] = torch.randn(V, d, generator=generator) * 0.005
             scalars["x02_lambda"] = torch.zeros(L)
         for name, value in weights.items():
             if value.numel():  # a layout without, say, skips has no parameters for them
@@ -1492,38 +1593,6 @@ class Cache:
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
         mask = (back >= 0) & (back <= window)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)[0].transpose(0, 1)
-
-
-@torch.no_grad()
-def generate(
-    model: GPT,
-    settings: Settings,
-    prompt: list[int],
-    num_tokens: int,
-    seed: int = 0,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    piece: int = 256,
-) -> Iterator[int]:
-    """Yield tokens drawn from the model after a prompt that begins with BOS, until it ends the document with BOS.
-
-    A long prompt is read in pieces. Costs the same for every token, however long the text has become.
-    """
-    generator, cache = torch.Generator().manual_seed(seed), Cache()
-    pending = torch.tensor(prompt, device=model.embed.device)
-    for _ in range(num_tokens):
-        for tokens in pending.split(piece):
-            logits = model.decode(tokens, settings, cache)
-        last = logits[-1, : model.config.vocab_size].double().cpu()
-        if top_k is not None:
-            last[last < last.topk(min(top_k, len(last))).values[-1]] = -math.inf
-        token = int(last.argmax())
-        if temperature > 0:
-            token = int(torch.multinomial((last / temperature).softmax(-1), 1, generator=generator))
-        if token == prompt[0]:
-            return
-        yield token
-        pending = torch.tensor([token], device=model.embed.device)
 
 
 # cos and signed sin for `rotate`, each (positions, D): of T tokens, and of their 2T positions where heads are paired.
@@ -2081,6 +2150,16 @@ class Options:
     """Length of the text sample at the end; 0: none."""
     export: Path | None = None
     """Folder into which to write the weights at the end, for `train_gpt.py sample FOLDER`."""
+    eval: str | None = None
+    """`hellaswag`, or a JSONL file of such items: how many the model gets right, at the end."""
+    scale: str | None = None
+    """Make the track smaller for experiments: width=0.5,depth=0.5. Further options change the smaller track."""
+    plan: bool = False
+    """Only say how much memory and time the track takes; needs no GPU."""
+    plan_utilization: float = 0.4
+    """Share of an H100's FLOP/s in that plan."""
+    plan_tokens_per_second: float | None = None
+    """Instead of it: tokens per second and process."""
 
 
 @dataclass(frozen=True)
@@ -2654,31 +2733,6 @@ class Trainer:
         self.load_state(state)
 
 
-class Text:
-    """Tokens of text and back: bytes for a byte vocabulary, else GPT-2's, which take tiktoken."""
-
-    def __init__(self, vocab_size: int):
-        self._gpt2 = None
-        if vocab_size != 257:
-            try:
-                import tiktoken
-
-                self._gpt2 = tiktoken.get_encoding("gpt2")
-            except Exception as error:  # not installed, or no network to fetch the vocabulary
-                raise SpeedrunError(f"text of GPT-2 tokens needs tiktoken and its vocabulary ({error}).") from error
-
-    def encode(self, text: str) -> list[int]:
-        return self._gpt2.encode_ordinary(text) if self._gpt2 else list(text.encode())
-
-    def stream(self, tokens: Iterable[int]) -> Iterator[str]:
-        """Text of tokens as they come; a character of several bytes comes with its last."""
-        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        for token in tokens:
-            data = self._gpt2.decode_single_token_bytes(token) if self._gpt2 else bytes([token])
-            yield decoder.decode(data)
-        yield decoder.decode(b"", final=True)
-
-
 def train(track: Track, options: Options, runtime: Runtime) -> float:
     """A whole run, or the rest of one. Returns the final validation loss."""
     data_dir = options.data_dir or Path(__file__).resolve().parent / "data" / track.data.dataset
@@ -2689,6 +2743,8 @@ def train(track: Track, options: Options, runtime: Runtime) -> float:
     start = resumed.progress.step if resumed else 0
     if resumed and start >= stop:
         raise SpeedrunError(f"{resumed.folder} is of step {start}, and the run ends at {stop}: nothing is left to do.")
+    if runtime.compile:
+        torch._inductor.config.coordinate_descent_tuning = track.coordinate_descent_tuning
     trainer = Trainer(track, runtime, data_dir, options.seed)
     if resumed:
         trainer.load(resumed)
@@ -2720,6 +2776,10 @@ def train(track: Track, options: Options, runtime: Runtime) -> float:
 
     clock, graphs = Clock(runtime, resumed.progress.seconds if resumed else 0.0), compilations()
     val_loss = training_loop(trainer, clock, log, saver, start, stop, say)
+    if options.eval:
+        accuracy = extras().hellaswag(trainer.model, track, stop, runtime, options.eval)
+        log.write(str(accuracy))
+        say(str(accuracy))
     if runtime.heartbeat is not None:
         runtime.heartbeat.stop()  # from here on rank 0 works alone
     if runtime.compile:
@@ -2891,134 +2951,19 @@ def finish(trainer: Trainer, log: RunLog, options: Options, seconds: float, val_
     say(f"{verdict} {track.target_loss} in {seconds:.1f} s: validation loss {val_loss:.4f}")
     say(f"{note}\nlog: {log.path}" if note else f"log: {log.path}")
     if runtime.rank == 0 and options.export:
-        export(options.export, trainer.model, track, stop)
+        extras().export(options.export, trainer.model, track, stop)
         say(f"exported to {options.export}: python train_gpt.py sample {options.export}")
     if runtime.rank == 0 and options.sample_tokens:
-        with contextlib.suppress(SpeedrunError):  # no tiktoken: a sample is a courtesy
-            text = Text(track.model.vocab_size)
-            drawn = generate(
-                trainer.model, track.validation_at(stop), [track.data.bos], options.sample_tokens, options.seed
-            )
-            say(f"sample:\n{''.join(text.stream(drawn))}\n")
+        with contextlib.suppress(SpeedrunError, ImportError):  # no tiktoken: a sample is a courtesy
+            say(f"sample:\n{extras().text_sample(trainer.model, track, stop, options.sample_tokens, options.seed)}\n")
 
 
-# ---- weights out, and text ----
+def extras():
+    """The module of all that is not part of the race, loaded only where that is asked for."""
+    sys.modules.setdefault("train_gpt", sys.modules[__name__])  # started as a script, this file is __main__
+    import extras
 
-
-def export(folder: Path, model: GPT, track: Track, step: int) -> None:
-    """Write model.safetensors (weights by name, banks without padding) and config.json (the track) into a folder."""
-    sizes = {name: len(p) for name, p in GPT(track.model, Runtime(torch.device("meta"))).named_parameters() if p.dim()}
-    tensors = {name: p.detach().cpu() for name, p in model.named_parameters()}
-    tensors = {name: (t[: sizes[name]] if t.dim() else t).contiguous() for name, t in tensors.items()}
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = folder / "model.safetensors", folder / "config.json"
-    parts = [path.with_name(path.name + ".part") for path in paths]
-    safetensors.torch.save_file(tensors, parts[0])
-    parts[1].write_text(json.dumps({"step": step, **flatten(track)}, indent=1))
-    for part, path in zip(parts, paths, strict=True):
-        publish(part, path)
-
-
-def rebuild(kind: type, values: dict[str, object], prefix: str = "") -> object:
-    """The inverse of `flatten` for a dataclass. Raises KeyError or TypeError where a value is missing or wrong."""
-    hints, found = get_type_hints(kind), {}
-    for item in dataclasses.fields(kind):
-        key, hint = prefix + item.name, hints[item.name]
-        inner = get_args(hint)[0] if get_origin(hint) is tuple else None
-        if dataclasses.is_dataclass(hint):
-            found[item.name] = rebuild(hint, values, f"{key}.")
-        elif dataclasses.is_dataclass(inner):
-            count = len({k.removeprefix(f"{key}.").split(".")[0] for k in values if k.startswith(f"{key}.")})
-            found[item.name] = tuple(rebuild(inner, values, f"{key}.{i}.") for i in range(count))
-        else:
-            found[item.name] = as_tuple(values[key])
-            simple = {float: (int, float)}.get(hint, hint)
-            if simple in (int, bool, str, (int, float)) and not isinstance(found[item.name], simple):
-                raise TypeError(f"{key} is {values[key]!r}")
-    return kind(**found)
-
-
-def as_tuple(value: object) -> object:
-    """Lists, which JSON makes of tuples, as tuples again."""
-    return tuple(as_tuple(item) for item in value) if isinstance(value, list) else value
-
-
-def load_model(path: Path, runtime: Runtime) -> tuple[GPT, Track, int]:
-    """Model, track and step of an export or of a checkpoint (its folder, or that of its run).
-
-    Raises CheckpointError where it is neither, or damaged.
-    """
-    try:
-        if (path / "config.json").exists():
-            values = json.loads((path / "config.json").read_text())
-            tensors = safetensors.torch.load_file(path / "model.safetensors").items()
-            step = values["step"]
-        else:
-            checkpoint = Checkpoint((checkpoint_folders(path) or [path])[-1])
-            values, step = checkpoint.progress.settings, checkpoint.progress.step
-            tensors = ((n.removeprefix("weights."), t) for n, t in checkpoint.tensors() if n.startswith("weights."))
-        track = rebuild(Track, values)
-        model = GPT(track.model, runtime)
-        params = dict(model.named_parameters())
-        with torch.no_grad():
-            for name, tensor in tensors:
-                p = params.pop(name)
-                whole = tensor[: len(p)] if p.dim() and tensor.dim() == p.dim() else tensor.view(p.shape)
-                if whole.shape != p.shape:
-                    raise ValueError(f"{name} has the shape {tuple(whole.shape)}, expected {tuple(p.shape)}")
-                p.copy_(whole)
-        if params:
-            raise ValueError(f"{next(iter(params))} is missing")
-    except CheckpointError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, safetensors.SafetensorError) as error:
-        raise CheckpointError(f"{path}: no model to be read ({error!r}).") from error
-    return model, track, step
-
-
-@dataclass(frozen=True)
-class SampleOptions:
-    """Continue a text with a trained model."""
-
-    path: tyro.conf.Positional[Path]
-    """Folder of an export, of a checkpoint, or of a run's checkpoints."""
-    prompt: str = ""
-    """Text to continue."""
-    tokens: int = 200
-    """At most so many; it ends earlier where the model ends the document."""
-    temperature: float = 0.8
-    """Divides the logits; 0: always the likeliest token."""
-    top_k: int | None = None
-    """Draw from the so many likeliest tokens only."""
-    seed: int = 0
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    dtype: Literal["auto", "bfloat16", "float32", "float64"] = "auto"
-
-
-def sample(options: SampleOptions) -> None:
-    """Print a text as it is drawn, and then its speed. Raises SpeedrunError for a model or options that do not work."""
-    if options.temperature < 0 or options.tokens < 0 or (options.top_k is not None and options.top_k < 1):
-        raise SpeedrunError("--temperature and --tokens must be at least 0, --top-k at least 1.")
-    runtime = Runtime.create(Options(device=options.device, dtype=options.dtype, compile=False))
-    model, track, step = load_model(options.path, runtime)
-    settings = track.validation_at(min(step, track.schedule.total_steps))
-    text = Text(track.model.vocab_size)
-    prompt = [track.data.bos, *text.encode(options.prompt)]
-    count, began = 0, time.perf_counter()
-
-    def counted() -> Iterator[int]:
-        nonlocal count
-        for token in generate(
-            model, settings, prompt, options.tokens, options.seed, options.temperature, options.top_k
-        ):
-            count += 1
-            yield token
-
-    print(options.prompt, end="", flush=True)
-    for part in text.stream(counted()):
-        print(part, end="", flush=True)
-    seconds = time.perf_counter() - began
-    print(f"\n{count} tokens, {count / seconds:.0f} tokens/s", file=sys.stderr)
+    return extras
 
 
 def peak_rss() -> int:
@@ -3032,22 +2977,26 @@ def peak_rss() -> int:
 
 
 def parse_command(argv: list[str], quiet: bool = False) -> tuple[Track, Options]:
-    """`[nano|small] [--option value ...]`: the track, with its overridden numbers, and the options of the run."""
-    tracks = {track.name: track for track in (NANO, SMALL)}
+    """`[TRACK] [--option value ...]`: the track, with its overridden numbers, and the options of the run."""
     name, rest = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("nano", argv)
-    if name not in tracks:
-        raise SpeedrunError(f"unknown track '{name}'; there are: {', '.join(tracks)}.")
+    if name not in TRACKS:
+        raise SpeedrunError(f"unknown track '{name}'; there are: {', '.join(TRACKS)}.")
+
+    # It has to come first, since the other options change its result.
+    words = [part for word in rest for part in (word.split("=", 1) if word.startswith("--scale=") else [word])]
+    scale = next((b for a, b in pairwise(words) if a == "--scale"), None)
+    track = extras().scaled(TRACKS[name], scale) if scale else TRACKS[name]
 
     @dataclass(frozen=True)
     class Command:
         options: Annotated[Options, tyro.conf.arg(name="")]
         track: Annotated[Track, tyro.conf.arg(name="")]
 
-    description = f"Track {name} (of {', '.join(tracks)}; name it first). Every number of it can be overridden."
+    description = f"Track {name} (of {', '.join(TRACKS)}; name it first). Every number of it can be overridden."
     command = tyro.cli(
         Command,
         args=rest,
-        default=Command(Options(), tracks[name]),
+        default=Command(Options(), track),
         prog=f"train_gpt.py {name}",
         description=description,
         console_outputs=not quiet,
@@ -3066,10 +3015,14 @@ def main() -> None:
     let_rank_0_speak = lambda: time.sleep(5 if rank else 0)
     code = 0
     try:
-        if sys.argv[1:2] == ["sample"]:
-            sample(tyro.cli(SampleOptions, args=sys.argv[2:], prog="train_gpt.py sample"))
+        if sys.argv[1:2] in (["sample"], ["eval"]):
+            command = extras().sample if sys.argv[1] == "sample" else extras().evaluate
+            command(sys.argv[2:])
             return
         track, options = parse_command(sys.argv[1:], quiet=rank != 0)
+        if options.plan:
+            print(extras().plan(track, options))
+            return
         runtime = Runtime.create(options)
         try:
             train(track, options, runtime)

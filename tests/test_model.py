@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train_gpt
-from train_gpt import GPT, NANO, SMALL, ModelConfig, Row, Settings
+from train_gpt import GPT, MEDIUM, NANO, SMALL, ModelConfig, Row, Settings
 
 GOLDEN = Path(__file__).parent / "golden_model.npz"
 
@@ -32,7 +32,12 @@ MEDLEY = ModelConfig(
     second_embed=True,
     gate_dim=16,
 )
-CONFIGS = {"small": replace(SMALL.model, vocab_size=1000), "nano": NANO.model, "medley": MEDLEY}
+CONFIGS = {
+    "small": replace(SMALL.model, vocab_size=1000),
+    "medium": replace(MEDIUM.model, vocab_size=300, head_dim=16),
+    "nano": NANO.model,
+    "medley": MEDLEY,
+}
 
 
 def layout_of(config: ModelConfig) -> reference.Layout:
@@ -142,7 +147,10 @@ ROWS = {
 
 @pytest.mark.parametrize(
     ("name", "row_name"),
-    [("small", "documents, after YaRN"), *((name, row) for name in ("nano", "medley") for row in ROWS)],
+    [
+        *((name, "documents, after YaRN") for name in ("small", "medium")),
+        *((name, row) for name in ("nano", "medley") for row in ROWS),
+    ],
 )
 def test_model_equals_naive_reference(name, row_name):
     """Loss, logits and all gradients to 1e-9 in float64, in float32 to what it allows. 67 tokens: an odd length."""
@@ -255,7 +263,8 @@ def test_validation_over_slices_equals_the_whole_row():
 # ---- what no token may know ----
 
 
-SMALL_IS_SLOW = [pytest.param(name, marks=pytest.mark.slow if name == "small" else ()) for name in CONFIGS]
+SLOW = ("small", "medium")
+SMALL_IS_SLOW = [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in CONFIGS]
 
 
 @pytest.mark.parametrize("name", SMALL_IS_SLOW)
@@ -320,6 +329,17 @@ def test_initial_weights_follow_the_spec():
     assert torch.equal(model.sa_lambda, torch.tensor([0.5, 1.0]).repeat(11, 1))
     assert (model.resid_lambda == 1.1).all() and (model.skip_lambda == -1.5).all() and model.backout_lambda == 0.5
     assert SMALL.model.padded_vocab == 50304
+
+
+def test_a_second_embedding_does_not_start_at_zero():
+    """With x02_lambda zero as well, neither would ever have a gradient."""
+    config = CONFIGS["medium"]
+    model = GPT(config, cpu())
+    assert model.embed2.std().item() == pytest.approx(0.005, rel=2e-2) and not model.x02_lambda.any()
+    assert torch.equal(GPT(replace(config, second_embed=False), cpu()).head, model.head), "all else is as without it"
+    row, at = make_row(40, [0], config.vocab_size), step_settings((9, 20), config.head_dim)
+    model(row, at, torch.ones(1))[0].backward()
+    assert model.x02_lambda.grad.abs().min() > 0
 
 
 @pytest.mark.parametrize("world_size", [2, 4, 8])

@@ -260,6 +260,38 @@ def test_the_logged_losses_are_those_of_the_steps(whole_log, tiny_data):
     assert begin == 20
 
 
+def reduced(track: train_gpt.Track) -> train_gpt.Track:
+    """30 steps of a track with its layers, skips, stages, rules and learning rates, but narrow and with short rows."""
+    s = track.schedule
+    small = lambda stage: replace(
+        stage, tokens=24 * stage.tokens // s.stages[0].tokens * 2, windows=tuple(w // 64 + 2 for w in stage.windows)
+    )
+    schedule = replace(
+        s,
+        scheduled_steps=28,
+        extension_steps=2,
+        stages=tuple(map(small, s.stages)),
+        extension=small(s.extension),
+        final_long_window=s.final_long_window // 64,
+        yarn_max_window=s.yarn_max_window // 64 + 2,
+        momentum_steps=(8, 4),
+        val_every=10,
+    )
+    model = replace(track.model, vocab_size=257, num_heads=2, head_dim=8, vocab_multiple=16)
+    data = replace(track.data, bos=BOS, rows_per_step=2, val_tokens=700, val_row_tokens=350)
+    return replace(track, model=model, schedule=schedule, data=data)
+
+
+@pytest.mark.parametrize("name", train_gpt.TRACKS)
+def test_every_track_trains_for_30_steps(name, tiny_data, tmp_path):
+    """Catches: a track that cannot run to its end, or does not learn: its loss falls well below that of uniform."""
+    log = run(reduced(train_gpt.TRACKS[name]), tmp_path, tiny_data)
+    losses = [float(line["loss"]) for line in lines_of(log) if line["kind"] == "val_loss"]
+    assert len(losses) == 4 and losses[0] == pytest.approx(np.log(272), abs=0.3)
+    assert losses[-1] < 3.6 and losses[-1] < losses[1], losses
+    assert "peak memory" in log.splitlines()[-1]
+
+
 def test_max_steps_stops_early_and_marks_the_log(tiny_data, tmp_path, capsys):
     """Catches: a short run that passes for a record; a final validation with the window of the whole run's end."""
     log = run(few_rows(), tmp_path, tiny_data, max_steps=7)

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from train_gpt import TRACKS
+
 REPO = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="run.sh needs a POSIX shell")
 
@@ -211,7 +213,9 @@ def test_options_arrive_unchanged(repo: FakeRepo):
         assert repo.train.arguments == [("nano", "small")[gpus > 0], *options]
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["nano", "--help"], ["small", "-h"], ["--seed", "1", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["nano", "--help"], ["small", "-h"], ["--seed", "1", "--help"], ["xl", "--plan"]]
+)
 def test_help_goes_straight_to_train_gpt(repo: FakeRepo, arguments: list[str]):
     repo.set_gpus(8)
     repo.run(*arguments)
@@ -221,9 +225,11 @@ def test_help_goes_straight_to_train_gpt(repo: FakeRepo, arguments: list[str]):
 def test_data_is_made_unless_a_folder_is_given(repo: FakeRepo):
     repo.run("nano")
     assert repo.scripts == ["nano.py", "train_gpt.py"]
-    for track in ("small", "medium", "xl"):
-        repo.run(track)
-        assert repo.scripts == ["cached_fineweb10B.py", "train_gpt.py"]
+    for track in TRACKS.values():
+        repo.run(track.name)
+        data, run = repo.calls
+        assert ["python", f"data/{data.script}", *data.arguments] == track.data.fetch.split()
+        assert run.script == "train_gpt.py"
     for options in (["--data-dir", "x"], ["--data-dir=x"], ["--data_dir", "x"]):
         for track in ("nano", "small"):
             repo.run(track, *options)

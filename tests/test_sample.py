@@ -14,8 +14,10 @@ from conftest import REPO, cpu, run_process, tiny_track
 from scipy import stats
 from test_model import CONFIGS, error, make_row, random_model, step_settings
 
+import extras
 import train_gpt
-from train_gpt import Cache, CheckpointError, Options, SpeedrunError, Text, generate, load_model, train
+from extras import Text, generate, load_model
+from train_gpt import Cache, CheckpointError, Options, SpeedrunError, train
 
 
 @pytest.mark.parametrize("pieces", [[1] * 67, [67], [5, 1, 1, 30, 2, 28]])
@@ -103,8 +105,8 @@ def test_export_and_checkpoint_give_the_model_back(trained):
 
 def test_every_track_survives_its_settings():
     """Catches: a type of field that `rebuild` does not know, such as nested tuples or a tuple of stages."""
-    for track in (train_gpt.NANO, train_gpt.SMALL):
-        assert train_gpt.rebuild(train_gpt.Track, json.loads(json.dumps(train_gpt.flatten(track)))) == track
+    for track in train_gpt.TRACKS.values():
+        assert extras.rebuild(train_gpt.Track, json.loads(json.dumps(train_gpt.flatten(track)))) == track
 
 
 @pytest.mark.parametrize(
@@ -144,7 +146,7 @@ def test_the_command_prints_the_prompt_and_what_follows(trained, tmp_path):
     assert str(tmp_path / "nothing") in done.stderr
 
 
-@pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"tokens": -1}, {"top_k": 0}])
+@pytest.mark.parametrize("wrong", ["--temperature=-1.0", "--tokens=-1", "--top-k=0"])
 def test_options_that_cannot_work_are_refused(wrong):
     with pytest.raises(SpeedrunError, match="at least"):
-        train_gpt.sample(train_gpt.SampleOptions(Path("x"), **wrong))
+        extras.sample(["x", wrong])

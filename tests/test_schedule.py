@@ -13,7 +13,7 @@ from conftest import cpu, documents, tiny_track, write_shard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train_gpt import GPT, NANO, SMALL, SpeedrunError, Trainer, make_row, parse_command
+from train_gpt import GPT, MEDIUM, NANO, SMALL, TRACKS, XL, SpeedrunError, Trainer, make_row, parse_command
 
 GOLDEN = np.load(Path(__file__).parent / "golden_optimizer.npz")
 LAST = 1764
@@ -129,6 +129,63 @@ def test_yarn_stops_at_its_largest_window():
     for step in (1150, LAST):
         assert capped.at(step).frequencies == pytest.approx(frequencies, rel=1e-12)
         assert capped.at(step).attn_scale == pytest.approx(scale, rel=1e-12)
+
+
+# By hand from SPEC section 9. The twelve parts begin at 4700 i // 12, the cooldown at 1410; it falls to 0.1 over 3290.
+MEDIUM_AT = {
+    0: (131_072, (1, 3), 1.0, (1, 0.5, 0.25)),
+    390: (131_072, (1, 3), 1.0, (1, 0.5, 0.25 / 391)),
+    391: (262_144, (3, 7), 1.52, (1, 0.5)),
+    783: (393_216, (5, 11), 1.73, (1,)),
+    1174: (393_216, (5, 11), 1.73, (1,)),
+    1175: (524_288, (6, 13), 2.0, (1,)),
+    1410: (524_288, (6, 13), 2.0, (1,)),
+    1566: (524_288, (7, 15), 2 - 1.9 * 156 / 3290, (1,)),
+    1958: (524_288, (8, 17), 2 - 1.9 * 548 / 3290, (1,)),
+    2350: (524_288, (9, 19), 2 - 1.9 * 940 / 3290, (1,)),
+    2741: (524_288, (10, 21), 2 - 1.9 * 1331 / 3290, (1,)),
+    3133: (524_288, (11, 23), 2 - 1.9 * 1723 / 3290, (1,)),
+    4699: (524_288, (11, 23), 2 - 1.9 * 3289 / 3290, (1,)),
+    4700: (524_288, (11, 23), 0.1, (1,)),
+    4739: (524_288, (11, 23), 0.1, (1,)),
+}
+
+
+@pytest.mark.parametrize("step", MEDIUM_AT)
+def test_medium_at_every_boundary(step):
+    tokens, windows, lr, weights = MEDIUM_AT[step]
+    settings = MEDIUM.at(step)
+    assert (settings.stage.tokens, settings.stage.max_doc_len) == (tokens, 4096)
+    assert settings.windows == (128 * windows[0], 128 * windows[1])
+    assert settings.lr == pytest.approx(lr, rel=1e-12)
+    assert settings.prediction_weights == pytest.approx(weights, rel=1e-12)
+
+
+def test_medium_is_that_of_the_spec():
+    assert (MEDIUM.schedule.total_steps, MEDIUM.target_loss, MEDIUM.coordinate_descent_tuning) == (4740, 2.92, True)
+    assert [step for step in range(4740) if MEDIUM.at(step).unties] == [785]  # 4700 / 6 = 783.3
+    assert MEDIUM.validation_at(4740).windows == (11 * 128, 27 * 128)
+    frequencies, scale = yarn_reference(128, [128 * w for w in (3, 7, 11, 13)])  # YaRN ends at 13
+    for step in (1175, 3133, 4739):
+        assert MEDIUM.at(step).frequencies == pytest.approx(frequencies, rel=1e-12)
+        assert MEDIUM.at(step).attn_scale == pytest.approx(scale, rel=1e-12)
+    rates = {f.name: getattr(MEDIUM.optimizer.rules, f.name) for f in dataclasses.fields(MEDIUM.optimizer.rules)}
+    lr = {name: rule.lr_mul[0] * MEDIUM.optimizer.adam_lr for name, rule in rates.items() if rule.kind == "adam"}
+    assert lr["head"] == lr["embed"] == 0.004 and lr["embed2"] == lr["value_embeds"] == 75 * 0.004
+    assert lr["resid_lambda"] == lr["skip_lambda"] == pytest.approx(5 * 0.008) and lr["x0_lambda"] == 5 * 0.004
+    assert {lr[name] for name in lr if "gate" in name} == {0.1 * 0.004}
+    for name in ("embed", "head", "value_embeds", "embed2", "x0_lambda", "x02_lambda"):
+        assert (rates[name].betas, rates[name].eps) == ((0.8, 0.95), 1e-8)
+    assert rates["sa_lambda"].betas == (0.9, 0.99) and MEDIUM.optimizer.muon_lr == 0.015
+
+
+def test_xl_sees_as_many_tokens_as_the_run_of_october_2024():
+    tokens = sum(XL.at(step).stage.tokens for step in range(XL.schedule.total_steps))
+    assert XL.schedule.total_steps == 20_344 and tokens == pytest.approx(20_344 * 491_520, rel=2e-3)
+
+
+def test_only_medium_tunes_by_coordinate_descent():
+    assert [name for name, track in TRACKS.items() if track.coordinate_descent_tuning] == ["medium"]
 
 
 def test_only_the_final_validation_widens_the_window():
