@@ -39,6 +39,7 @@ from train_gpt import (
     Cache,
     Checkpoint,
     CheckpointError,
+    ModelConfig,
     Optimizer,
     Options,
     Row,
@@ -417,6 +418,8 @@ def evaluate(argv: list[str]) -> None:
     runtime = Runtime.create(Options(device=options.device, dtype=options.dtype, compile=False))
     model, track, step = load_model(options.path, runtime)
     found = hellaswag(model, track, min(step, track.schedule.total_steps), runtime, options.data, options.limit)
+    if runtime.heartbeat is not None:
+        runtime.heartbeat.stop()
     if runtime.rank == 0:
         print(found)
 
@@ -461,15 +464,23 @@ def plan_memory(track: Track, runtime: Runtime) -> Memory:
         weights=size(params.values()),
         optimizer=size(t for tensors in state.values() for t in tensors.values()),
         gradients=size(params.values()),
-        activations=saved_for_backward(
-            track, tokens, runtime.device.type == "cuda", runtime.dtype, runtime.fused, runtime.fp8
-        ),
+        activations=activation_memory(track, runtime, tokens),
         logits=runtime.loss_chunk(tokens, track.model.padded_vocab) * each,
     )
 
 
+def activation_memory(track: Track, runtime: Runtime, tokens: int) -> int:
+    """Bytes that the forward pass of a row of `tokens` keeps, from two lengths: they grow linearly."""
+    settings = track.at(track.schedule.scheduled_steps - 1)
+    kind = runtime.device.type == "cuda", runtime.dtype, runtime.fused, runtime.fp8
+    short, long = (saved_for_backward(track.model, settings, n, *kind) for n in (4096, 8192))
+    return short + (long - short) * (tokens - 4096) // 4096
+
+
 @functools.cache
-def saved_for_backward(track: Track, tokens: int, cuda: bool, dtype: torch.dtype, fused: bool, fp8: bool) -> int:
+def saved_for_backward(
+    model: ModelConfig, settings: Settings, tokens: int, cuda: bool, dtype: torch.dtype, fused: bool, fp8: bool
+) -> int:
     """Bytes of the tensors that the forward pass of a row keeps, besides weights: counted on tensors without data."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -479,13 +490,11 @@ def saved_for_backward(track: Track, tokens: int, cuda: bool, dtype: torch.dtype
         stack.enter_context(FakeTensorMode())
         train_gpt.rotary_tables.cache_clear()
         stack.callback(train_gpt.rotary_tables.cache_clear)
-        model = GPT(track.model, Runtime(torch.device("cpu"), dtype=dtype, fused=fused, fp8=fp8))
-        stage = track.schedule.stages[-1]
+        network = GPT(model, Runtime(torch.device("cpu"), dtype=dtype, fused=fused, fp8=fp8))
         inputs, starts = torch.zeros(tokens, dtype=torch.int64), torch.zeros(128 + tokens // 128, dtype=torch.int32)
-        row = Row(inputs, inputs, starts, min(stage.max_doc_len, tokens))
         with counting() as saved:
-            model(row, track.at(track.schedule.scheduled_steps - 1), torch.ones(len(stage.prediction_weights)))
-        for p in model.parameters():
+            network(Row(inputs, inputs, starts, tokens), settings, torch.ones(1))
+        for p in network.parameters():
             saved.pop(p.untyped_storage()._cdata, None)
         return sum(saved.values())
 
@@ -606,8 +615,10 @@ def scaled(track: Track, text: str) -> Track:
     try:
         for part in text.split(","):
             name, value = part.split("=")
-            factors[name] = {"width": float, "depth": float}[name](value)
-    except (ValueError, KeyError) as error:
+            if name not in factors or not 0 < float(value) <= 100:
+                raise ValueError(part)
+            factors[name] = float(value)
+    except ValueError as error:
         raise SpeedrunError(f"--scale {text}: expected width=FACTOR,depth=FACTOR or one of them.") from error
     width, depth = factors["width"], factors["depth"]
     m, s = track.model, track.schedule
@@ -631,7 +642,7 @@ def scaled(track: Track, text: str) -> Track:
         paired_layers=places(m.paired_layers),
         long_layers=places(m.long_layers),
         value_embeds=tuple({place(layer): (place(layer), table) for layer, table in m.value_embeds}.values()),
-        skips=tuple({(place(a), place(b)) for a, b in m.skips if place(a) < place(b)}),
+        skips=tuple(dict.fromkeys((place(a), place(b)) for a, b in m.skips if place(a) < place(b))),
         backout_layer=place(m.backout_layer),
     )
     actual = model.width / m.width

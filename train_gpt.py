@@ -2744,7 +2744,9 @@ def train(track: Track, options: Options, runtime: Runtime) -> float:
     if resumed and start >= stop:
         raise SpeedrunError(f"{resumed.folder} is of step {start}, and the run ends at {stop}: nothing is left to do.")
     if runtime.compile:
-        torch._inductor.config.coordinate_descent_tuning = track.coordinate_descent_tuning
+        from torch._inductor import config as inductor
+
+        inductor.coordinate_descent_tuning = track.coordinate_descent_tuning
     trainer = Trainer(track, runtime, data_dir, options.seed)
     if resumed:
         trainer.load(resumed)
@@ -3007,6 +3009,22 @@ def parse_command(argv: list[str], quiet: bool = False) -> tuple[Track, Options]
     return track, options
 
 
+def run(track: Track, options: Options) -> None:
+    """Train, or only plan; errors that have a remedy become SpeedrunErrors."""
+    if options.plan:
+        print(extras().plan(track, options))
+        return
+    runtime = Runtime.create(options)
+    try:
+        train(track, options, runtime)
+    except torch.OutOfMemoryError as error:
+        raise out_of_memory(error, track, runtime) from error
+    except RuntimeError as error:  # a collective, if another rank has died
+        if runtime.heartbeat is None or (lost := runtime.heartbeat.lost()) is None:
+            raise
+        raise SpeedrunError(f"{lost}. The run ends; see --save-every and --resume.") from error
+
+
 def main() -> None:
     """Run from the command line; errors of the user end with one message and exit code 1."""
     sys.stdout.reconfigure(line_buffering=True)  # lines show at once where the output is piped
@@ -3015,23 +3033,11 @@ def main() -> None:
     let_rank_0_speak = lambda: time.sleep(5 if rank else 0)
     code = 0
     try:
-        if sys.argv[1:2] in (["sample"], ["eval"]):
-            command = extras().sample if sys.argv[1] == "sample" else extras().evaluate
-            command(sys.argv[2:])
-            return
-        track, options = parse_command(sys.argv[1:], quiet=rank != 0)
-        if options.plan:
-            print(extras().plan(track, options))
-            return
-        runtime = Runtime.create(options)
-        try:
-            train(track, options, runtime)
-        except torch.OutOfMemoryError as error:
-            raise out_of_memory(error, track, runtime) from error
-        except RuntimeError as error:  # a collective, if another rank has died
-            if runtime.heartbeat is None or (lost := runtime.heartbeat.lost()) is None:
-                raise
-            raise SpeedrunError(f"{lost}. The run ends; see --save-every and --resume.") from error
+        command = sys.argv[1] if len(sys.argv) > 1 else ""
+        if command in ("sample", "eval"):
+            {"sample": extras().sample, "eval": extras().evaluate}[command](sys.argv[2:])
+        else:
+            run(*parse_command(sys.argv[1:], quiet=rank != 0))
         if dist.is_initialized():
             dist.destroy_process_group()
     except SystemExit as end:  # of --help or a wrong option

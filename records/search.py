@@ -115,7 +115,7 @@ def draw(count: int, seed: int, fixed: tuple[str, ...] = ()) -> list[Candidate]:
     """The track, and `count` different candidates: each has one to three changes to it."""
     generator, found = random.Random(seed), {TRACK[0]: TRACK}
     while len(found) <= count:
-        names = sorted(generator.sample(list(SPACE), generator.choice((1, 1, 2, 3))))
+        names = sorted(generator.sample(list(SPACE), min(generator.choice((1, 1, 2, 3)), len(SPACE))))
         picks = [generator.choice(SPACE[name]) for name in names]
         if any(set(pick) & set(fixed) & {w for w in pick if w.startswith("--")} for pick in picks):
             continue  # what --extra fixes
