@@ -2,8 +2,9 @@
 
     python tests/benchmarks/throughput.py [nano|loader|both] [--threads N]
 
-nano: ms/step and tokens/s per stage, medians. loader: seconds to the first batch and tokens/s at the batch of `small`'s
-last stage, on one core, from freshly written shards of 100M tokens with FineWeb-like document lengths.
+nano: ms/step, tokens/s and the model's FLOP/s per stage, medians, beside those of a large matrix product. loader:
+seconds to the first batch and tokens/s at the batch of `small`'s last stage, on one core, from freshly written shards
+of 100M tokens with FineWeb-like document lengths.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +25,16 @@ import torch
 REPO = Path(__file__).resolve().parents[2]
 sys.path[0] = str(REPO)  # instead of this folder, whose profile.py would stand in for Python's own
 import train_gpt  # noqa: E402
+from extras import flops_per_token  # noqa: E402
+
+
+def median_seconds(work: Callable[[int], object], times: range) -> float:
+    seconds = []
+    for i in times:
+        began = time.perf_counter()
+        work(i)
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds)
 
 
 def time_nano(steps_per_stage: int = 20) -> None:
@@ -31,16 +43,18 @@ def time_nano(steps_per_stage: int = 20) -> None:
     trainer = train_gpt.Trainer(track, runtime, REPO / "data" / "nano", seed=0)
     trainer.warm_up(track.schedule.total_steps)
     print(f"nano, {train_gpt.cpu_name()}, {torch.get_num_threads()} threads, {runtime.dtype}")
-    weighted = 0.0
+    weighted, matrix = 0.0, torch.rand(2048, 2048, dtype=runtime.dtype)
+    peak = 2 * 2048**3 / median_seconds(lambda _: matrix @ matrix, range(9))
+    print(f"  matrix product: {peak / 1e9:.0f} GFLOP/s")
     for start, stop in zip(track.schedule.boundaries(), (*track.schedule.boundaries()[1:], None), strict=True):
-        seconds = []
-        for step in range(start, min(start + steps_per_stage, track.schedule.total_steps)):
-            began = time.perf_counter()
-            trainer.train_step(step)
-            seconds.append(time.perf_counter() - began)
-        median, tokens = statistics.median(seconds), track.at(start).stage.tokens
+        steps = range(start, min(start + steps_per_stage, track.schedule.total_steps))
+        median, tokens = median_seconds(trainer.train_step, steps), track.at(start).stage.tokens
+        flops = tokens * flops_per_token(track, track.at(start)) / median
         weighted += median * ((stop or track.schedule.total_steps) - start)
-        print(f"  stage from step {start:5d}: {1000 * median:7.1f} ms/step {tokens / median:10,.0f} tokens/s")
+        print(
+            f"  stage from step {start:5d}: {1000 * median:7.1f} ms/step {tokens / median:10,.0f} tokens/s "
+            f"{flops / 1e9:6.1f} GFLOP/s ({flops / peak:.0%})"
+        )
     print(f"  whole schedule at these medians: {weighted:.1f} s")
     began = time.perf_counter()
     trainer.validate(track.validation_at(track.schedule.total_steps))
