@@ -262,12 +262,12 @@ class Item:
     label: int  # index of the right ending
 
 
-def read_hellaswag(source: str, text: Text) -> list[Item]:
+def read_hellaswag(source: str, track: Track) -> list[Item]:
     """The items of a JSONL file with "ctx", "endings" and "label", or, for "hellaswag", the validation set of the hub.
 
     Tokens as in llm.c: those of the context, and those of a space and the ending. Raises SpeedrunError.
     """
-    items = []
+    items, text = [], Text(track.model.vocab_size)
     for number, record in enumerate(hub_records() if source == "hellaswag" else jsonl_records(Path(source)), 1):
         try:
             context, endings, label = record["ctx"], record["endings"], int(record["label"])
@@ -373,12 +373,9 @@ class Accuracy:
         )
 
 
-def hellaswag(
-    model: GPT, track: Track, step: int, runtime: Runtime, source: str, limit: int | None = None, tokens: int = 8192
-) -> Accuracy:
+def hellaswag(model: GPT, track: Track, step: int, runtime: Runtime, items: list[Item], tokens: int = 8192) -> Accuracy:
     """Accuracy of a model after `step` training steps. All ranks call it, and share the rows of `tokens` tokens."""
     settings = track.validation_at(step)
-    items = read_hellaswag(source, Text(track.model.vocab_size))[:limit]
     sums = torch.zeros(sum(len(item.endings) for item in items), dtype=torch.float64)
     began = time.perf_counter()
     mine = [row for i, row in enumerate(pack(items, track.data.bos, tokens)) if i % runtime.world_size == runtime.rank]
@@ -417,7 +414,8 @@ def evaluate(argv: list[str]) -> None:
     options = tyro.cli(EvalOptions, args=argv, prog="train_gpt.py eval")
     runtime = Runtime.create(Options(device=options.device, dtype=options.dtype, compile=False))
     model, track, step = load_model(options.path, runtime)
-    found = hellaswag(model, track, min(step, track.schedule.total_steps), runtime, options.data, options.limit)
+    items = read_hellaswag(options.data, track)[: options.limit]
+    found = hellaswag(model, track, min(step, track.schedule.total_steps), runtime, items)
     if runtime.heartbeat is not None:
         runtime.heartbeat.stop()
     if runtime.rank == 0:

@@ -2739,6 +2739,7 @@ def train(track: Track, options: Options, runtime: Runtime) -> float:
     total_steps = track.schedule.total_steps
     stop = total_steps if options.max_steps is None else min(options.max_steps, total_steps)
     check(track, options, data_dir, runtime, stop)
+    questions = extras().read_hellaswag(options.eval, track) if options.eval else None  # before hours of training
     resumed = find_checkpoint(track, options, runtime)
     start = resumed.progress.step if resumed else 0
     if resumed and start >= stop:
@@ -2778,8 +2779,8 @@ def train(track: Track, options: Options, runtime: Runtime) -> float:
 
     clock, graphs = Clock(runtime, resumed.progress.seconds if resumed else 0.0), compilations()
     val_loss = training_loop(trainer, clock, log, saver, start, stop, say)
-    if options.eval:
-        accuracy = extras().hellaswag(trainer.model, track, stop, runtime, options.eval)
+    if questions:
+        accuracy = extras().hellaswag(trainer.model, track, stop, runtime, questions)
         log.write(str(accuracy))
         say(str(accuracy))
     if runtime.heartbeat is not None:
