@@ -137,6 +137,8 @@ def relative_cost(words: tuple[str, ...], extra: tuple[str, ...], pairs: int = 3
         track, options = train_gpt.parse_command(["nano", *COMMON, *extra, *more], quiet=True)
         trainers.append(train_gpt.Trainer(track, train_gpt.Runtime.create(options), DATA, 0))
     for stage in range(len(STAGES)):
+        for trainer in trainers:
+            trainer.loader.position = train_gpt.LoaderPosition()
         taken = ([], [])
         for pair in range(-1, pairs):  # the first is a warm-up
             for trainer, times in zip(trainers, taken, strict=True):
