@@ -211,7 +211,7 @@ def options(log: Log, tree: ast.Module, track: str) -> Iterator[str]:
     Inductor's coordinate descent tuning is free on `medium`; elsewhere it may be switched, but has to be off.
     """
     aliases = find_aliases(tree)
-    off = any(k.endswith("coordinate_descent_tuning") and v == "False" for k, v in log.settings.items())
+    off = log.settings.get("coordinate_descent_tuning") == "False"
     free = set()  # targets that may be assigned
     for node in ast.walk(tree):
         if isinstance(node, ast.Assign):

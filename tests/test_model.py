@@ -33,7 +33,7 @@ MEDLEY = ModelConfig(
     gate_dim=16,
 )
 CONFIGS = {
-    "small": replace(SMALL.model, vocab_size=1000),
+    "small": replace(SMALL.model, vocab_size=300, head_dim=32),
     "medium": replace(MEDIUM.model, vocab_size=300, head_dim=16),
     "nano": NANO.model,
     "medley": MEDLEY,
@@ -263,11 +263,7 @@ def test_validation_over_slices_equals_the_whole_row():
 # ---- what no token may know ----
 
 
-SLOW = ("small", "medium")
-SMALL_IS_SLOW = [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in CONFIGS]
-
-
-@pytest.mark.parametrize("name", SMALL_IS_SLOW)
+@pytest.mark.parametrize("name", CONFIGS)
 def test_a_future_token_never_changes_a_logit(name):
     """Causality through every path: paired heads, smear, key offset, skips. Bit for bit."""
     config = CONFIGS[name]
@@ -282,7 +278,7 @@ def test_a_future_token_never_changes_a_logit(name):
         assert not torch.equal(before[changed], after[changed])
 
 
-@pytest.mark.parametrize("name", SMALL_IS_SLOW)
+@pytest.mark.parametrize("name", CONFIGS)
 def test_another_document_changes_nothing_but_what_smear_and_key_offset_let_across(name):
     """Section 3 lets two things across a document's start, and this test that nothing else does:
 

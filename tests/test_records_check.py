@@ -25,7 +25,7 @@ EXCERPT = "\n".join(  # the parts that rules are about: judged four times as fas
     (
         TRACKS,
         SOURCE[SOURCE.index("# Data: ") : SOURCE.index("LOSS_EVERY = ")],
-        SOURCE[SOURCE.index("class Trainer:") : SOURCE.index("class Text:")],
+        SOURCE[SOURCE.index("class Trainer:") : SOURCE.index("def train(track: Track")],
     )
 )
 LINE = "=" * 100
@@ -55,6 +55,7 @@ def make_log(path, seed=0, loss=1.08, seconds=10.0, source=EXCERPT, lines=None, 
         "data.val_tokens": 524288,
         "schedule.scheduled_steps": 10,
         "schedule.extension_steps": 2,
+        "coordinate_descent_tuning": False,
         "seed": seed,
     }
     values |= {key.replace("__", "."): value for key, value in changes.items()}
@@ -535,7 +536,7 @@ TUNING = "torch._inductor.config.coordinate_descent_tuning = "
     ],
 )
 def test_coordinate_descent_tuning(tmp_path, source, setting, nano, medium):
-    log = log_of(tmp_path, model__coordinate_descent_tuning=setting)
+    log = log_of(tmp_path, coordinate_descent_tuning=setting)
     assert [not list(check.options(log, ast.parse(source), t)) for t in ("nano", "medium")] == [nano, medium]
 
 
@@ -699,7 +700,7 @@ def test_user_errors(tmp_path, capsys):
             code, out, err = run(capsys, *arguments)
             assert (code, out) == (2, "") and reason in err and name in err and err.count("\n") == 1
     code, _, err = run(capsys, good, "--track", "giant")
-    assert code == 2 and "unknown track 'giant'; there are: nano, small" in err
+    assert code == 2 and "unknown track 'giant'; there are: medium, nano, small, xl" in err
     lines = event_lines(1.08, 10.0)[:-1]
     code, _, err = run(capsys, make_log(tmp_path / "short.txt", lines=lines, source="pass"))
     assert code == 2 and "short.txt: no finite loss" in err

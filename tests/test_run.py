@@ -284,11 +284,11 @@ def reduced(track: train_gpt.Track) -> train_gpt.Track:
 
 @pytest.mark.parametrize("name", train_gpt.TRACKS)
 def test_every_track_trains_for_30_steps(name, tiny_data, tmp_path):
-    """Catches: a track that cannot run to its end, or does not learn: its loss falls well below that of uniform."""
-    log = run(reduced(train_gpt.TRACKS[name]), tmp_path, tiny_data)
+    """Catches: a track that cannot run to its end, or does not learn: its loss falls from that of uniform."""
+    log = run(reduced(train_gpt.TRACKS[name]), tmp_path, tiny_data, warmup=False)
     losses = [float(line["loss"]) for line in lines_of(log) if line["kind"] == "val_loss"]
     assert len(losses) == 4 and losses[0] == pytest.approx(np.log(272), abs=0.3)
-    assert losses[-1] < 3.6 and losses[-1] < losses[1], losses
+    assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0] - 0.9, losses
     assert "peak memory" in log.splitlines()[-1]
 
 
