@@ -543,11 +543,11 @@ def plan(track: Track, options: Options) -> str:
     ]
     worlds = [world for world in (1, 2, 4, 8) if track.data.rows_per_step % world == 0]
     found = [plan_memory(track, gpu_runtime(options, world, max(GPUS))) for world in worlds]
-    lines.append(f"{'GiB per process':32}" + "".join(f"{f'W = {world}':>10}" for world in worlds))
+    lines.append(f"{'MiB per process':32}" + "".join(f"{f'W = {world}':>10}" for world in worlds))
     for field in dataclasses.fields(Memory):
         values = [getattr(memory, field.name) for memory in found]
-        lines.append(f"{field.name:32}" + "".join(f"{value / 2**30:10.2f}" for value in values))
-    lines.append(f"{'all':32}" + "".join(f"{memory.total / 2**30:10.2f}" for memory in found))
+        lines.append(f"{field.name:32}" + "".join(f"{value / 2**20:10,.1f}" for value in values))
+    lines.append(f"{'all':32}" + "".join(f"{memory.total / 2**20:10,.1f}" for memory in found))
     lines.append("")
     for memory in GPUS:
         fits = ", ".join(f"W = {world}: {fit(track, options, world, memory)}" for world in worlds)
