@@ -1,6 +1,7 @@
 """Helpers shared by the tests: shard files, a tiny track, processes as a user starts them."""
 
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -59,6 +60,22 @@ def text_like(num_tokens: int, seed: int, longest: int = 60) -> np.ndarray:
     tokens[starts[starts < num_tokens]] = BOS
     tokens[0] = BOS
     return tokens
+
+
+def mutated(content: bytes, rng: random.Random) -> bytes:
+    """One random change: bytes flipped, cut out, put in, the end cut off."""
+    data = bytearray(content)
+    place = rng.choice([rng.randrange(len(data)), rng.randrange(min(2000, len(data)))])  # the header often
+    match rng.randrange(4):
+        case 0:
+            data[place] ^= 1 << rng.randrange(8)
+        case 1:
+            del data[place : place + rng.randrange(1, 50)]
+        case 2:
+            data[place:place] = rng.randbytes(rng.randrange(1, 50))
+        case 3:
+            del data[place:]
+    return bytes(data)
 
 
 def write_tiny_data(folder: Path) -> Path:

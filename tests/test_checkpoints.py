@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import LAUNCHER_VARIABLES, REPO, cpu, text_like, tiny_options, tiny_track, torchrun, write_shard
+from conftest import LAUNCHER_VARIABLES, REPO, cpu, mutated, text_like, tiny_options, tiny_track, torchrun, write_shard
 
 import train_gpt
 from train_gpt import Checkpoint, CheckpointError, Options, SpeedrunError, train
@@ -200,22 +200,6 @@ def test_two_runs_cannot_write_one_log(tiny_data, undisturbed, tmp_path):
 
 
 # ---- damage ----
-
-
-def mutated(content: bytes, rng: random.Random) -> bytes:
-    """One random change: bytes flipped, cut out, put in, the end cut off."""
-    data = bytearray(content)
-    place = rng.choice([rng.randrange(len(data)), rng.randrange(min(2000, len(data)))])  # the header often
-    match rng.randrange(4):
-        case 0:
-            data[place] ^= 1 << rng.randrange(8)
-        case 1:
-            del data[place : place + rng.randrange(1, 50)]
-        case 2:
-            data[place:place] = rng.randbytes(rng.randrange(1, 50))
-        case 3:
-            del data[place:]
-    return bytes(data)
 
 
 @pytest.mark.parametrize("count", [60, pytest.param(1000, marks=pytest.mark.slow)])

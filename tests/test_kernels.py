@@ -44,6 +44,15 @@ def rounded(x: torch.Tensor, device: str, dtype: torch.dtype) -> tuple[torch.Ten
 # ---- symmetric products ----
 
 
+def assert_mirrored(Y: torch.Tensor, tolerance: float) -> None:
+    """Tiles beside the diagonal bit for bit; those on it are whole products, whose halves may round differently."""
+    shape = train_gpt.tiles(Y.device)
+    tile = torch.arange(Y.size(-1), device=Y.device) // min(shape.m, shape.n)
+    beside = tile[:, None] != tile
+    assert torch.equal(Y[:, beside], Y.mT[:, beside])
+    assert error(Y, Y.mT.double().cpu()) < 16 * tolerance
+
+
 @KINDS
 @settings(max_examples=12, deadline=None)
 @given(n=st.integers(1, 3), r=sizes, c=sizes, transposed=st.booleans())
@@ -52,7 +61,7 @@ def test_symmetric_product_is_x_xt(device, dtype, tolerance, n, r, c, transposed
     X, exact = rounded(random(n, c, r).mT if transposed else random(n, r, c), device, dtype)
     Y = torch.ops.speedrun.symmetric_product(X)
     truth = exact @ exact.mT
-    assert torch.equal(Y, Y.mT)
+    assert_mirrored(Y, tolerance)
     assert error(Y, truth) < 8 * tolerance * max(1, c**0.5 / 4)
 
 
@@ -63,7 +72,7 @@ def test_quadratic_is_ba_plus_ca2(device, dtype, tolerance, n, r):
     G, _ = rounded(random(n, r, r, seed=1), device, dtype)
     A, exact = rounded(((G + G.mT) / 2).double().cpu(), device, dtype)
     Y = torch.ops.speedrun.quadratic(A, -2.5, 0.7)
-    assert torch.equal(Y, Y.mT)
+    assert_mirrored(Y, tolerance)
     assert error(Y, -2.5 * exact + 0.7 * exact @ exact) < 8 * tolerance
 
 

@@ -1,5 +1,6 @@
 """Data: shards -> rows, against a naive reading of SPEC section 2."""
 
+import random
 import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +12,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-from conftest import BOS, cpu, documents, text_like, write_shard
+from conftest import BOS, cpu, documents, mutated, text_like, write_shard
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -405,3 +406,27 @@ def test_too_few_validation_tokens_are_counted_in_the_message(tmp_path):
     assert len(validation_tokens(track_with([(6, 9)], 1, val_tokens=64), tmp_path)) == 65
     with pytest.raises(SpeedrunError, match=r"too few tokens: the val shards.*hold 65.* 66"):
         validation_tokens(track_with([(6, 9)], 1, val_tokens=65), tmp_path)
+
+
+@pytest.mark.parametrize("count", [100, pytest.param(1000, marks=pytest.mark.slow)])
+def test_a_damaged_shard_is_refused_or_still_a_shard(tmp_path, count):
+    """Catches: a crash, a message that names no file, tokens that are not those of the file.
+
+    What the format cannot show, other tokens of the vocabulary, the SHA-256 of data/nano.py and of
+    data/cached_fineweb10B.py finds.
+    """
+    path, rng, refused = write_shard(tmp_path / "a_train_000001.bin", text_like(3000, seed=0)), random.Random(0), 0
+    original = path.read_bytes()
+    for _ in range(count):
+        content = mutated(original, rng)
+        path.write_bytes(content)
+        try:
+            bounds = train_gpt.Shard(path, 257, BOS).wait()
+        except SpeedrunError as error:
+            refused += 1
+            assert str(path) in str(error)
+            continue
+        header, tokens = np.frombuffer(content[:12], "<i4"), np.frombuffer(content[1024:], "<u2")
+        assert header.tolist() == [20240520, 1, len(tokens)] and tokens.max() < 257
+        assert bounds.tolist() == [*np.flatnonzero(tokens == BOS), len(tokens)]
+    assert refused > count // 2
