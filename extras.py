@@ -379,14 +379,15 @@ def hellaswag(model: GPT, track: Track, step: int, runtime: Runtime, items: list
     sums = torch.zeros(sum(len(item.endings) for item in items), dtype=torch.float64)
     began = time.perf_counter()
     mine = [row for i, row in enumerate(pack(items, track.data.bos, tokens)) if i % runtime.world_size == runtime.rank]
-    share = len(items) * sum(len(packed.spans) for packed in mine) / len(sums)
-    with tqdm(total=round(share), desc="hellaswag", unit="item", disable=runtime.rank > 0 or None) as bar:
+    done = len(items) / len(sums)  # items per ending
+    total = round(done * sum(len(packed.spans) for packed in mine))
+    with tqdm(total=total, desc="hellaswag", unit="item", disable=runtime.rank > 0 or None) as bar:
         for packed in mine:
             losses = token_losses(model, packed.row.to(runtime), settings).double().cpu()
             for number, begin, end in packed.spans:
                 sums[number] = losses[begin:end].sum()
             runtime.alive()
-            bar.update(share * len(packed.spans) / max(sum(len(p.spans) for p in mine), 1))
+            bar.update(done * len(packed.spans))
     sums = runtime.sum(sums.to(runtime.device)).cpu()
     lengths = torch.tensor([len(ending) for item in items for ending in item.endings])
     counts = [len(item.endings) for item in items]

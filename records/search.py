@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import os
 import random
 import statistics
 import subprocess
@@ -202,8 +203,6 @@ def ranked(candidates: list[Candidate], trials: list[Trial], seeds: int) -> list
 
 def search(options: argparse.Namespace, path: Path) -> None:
     """All rounds. A candidate that is impossible or fails is said and left out."""
-    import os
-
     from tqdm import tqdm
 
     extra = tuple(options.extra)
