@@ -14,10 +14,8 @@ from conftest import REPO, cpu, run_process, tiny_track
 from scipy import stats
 from test_model import CONFIGS, error, make_row, random_model, step_settings
 
-import extras
 import train_gpt
-from extras import Text, generate, load_model
-from train_gpt import Cache, CheckpointError, Options, SpeedrunError, train
+from train_gpt import Cache, CheckpointError, Options, SpeedrunError, Text, generate, load_model, train
 
 
 @pytest.mark.parametrize("pieces", [[1] * 67, [67], [5, 1, 1, 30, 2, 28]])
@@ -106,7 +104,7 @@ def test_export_and_checkpoint_give_the_model_back(trained):
 def test_every_track_survives_its_settings():
     """Catches: a type of field that `rebuild` does not know, such as nested tuples or a tuple of stages."""
     for track in train_gpt.TRACKS.values():
-        assert extras.rebuild(train_gpt.Track, json.loads(json.dumps(train_gpt.flatten(track)))) == track
+        assert train_gpt.rebuild(train_gpt.Track, json.loads(json.dumps(train_gpt.flatten(track)))) == track
 
 
 @pytest.mark.parametrize(
@@ -149,4 +147,4 @@ def test_the_command_prints_the_prompt_and_what_follows(trained, tmp_path):
 @pytest.mark.parametrize("wrong", ["--temperature=-1.0", "--tokens=-1", "--top-k=0"])
 def test_options_that_cannot_work_are_refused(wrong):
     with pytest.raises(SpeedrunError, match="at least"):
-        extras.sample(["x", wrong])
+        train_gpt.sample(["x", wrong])

@@ -10,10 +10,25 @@ import torch
 from conftest import REPO, cpu, run_process, tiny_track, torchrun
 from test_model import CONFIGS, make_row, random_model
 
-import extras
 import train_gpt
-from extras import hellaswag, pack, plan_memory, read_hellaswag, scaled, token_losses
-from train_gpt import GPT, MEDIUM, NANO, SMALL, TRACKS, XL, Options, Runtime, SpeedrunError, parse_command
+from train_gpt import (
+    GPT,
+    MEDIUM,
+    NANO,
+    SMALL,
+    TRACKS,
+    XL,
+    Options,
+    Runtime,
+    SpeedrunError,
+    hellaswag,
+    pack,
+    parse_command,
+    plan_memory,
+    read_hellaswag,
+    scaled,
+    token_losses,
+)
 
 # ---- HellaSwag ----
 
@@ -107,7 +122,7 @@ def test_what_is_not_hellaswag_is_refused(tmp_path, text):
 
 def test_the_command_scores_an_export_on_any_number_of_processes(questions, tmp_path):
     model, track = model_of("nano")
-    extras.export(tmp_path / "model", model.float(), track, 510)
+    train_gpt.export(tmp_path / "model", model.float(), track, 510)
     words = ["eval", tmp_path / "model", "--data", questions, "--device", "cpu", "--dtype", "float32"]
     one = run_process([sys.executable, REPO / "train_gpt.py", *words])
     two = torchrun(2, REPO / "train_gpt.py", *words)
@@ -138,7 +153,7 @@ def test_a_plan_counts_what_a_step_on_the_cpu_holds():
     params = dict(model.named_parameters())
     optimizer = train_gpt.Optimizer(params, NANO.optimizer, runtime)
     row = make_row(2048, [0, 700], 257)
-    with extras.counting() as saved:
+    with train_gpt.counting() as saved:
         loss, _ = model(row, NANO.at(499), torch.ones(1))
     for p in params.values():
         saved.pop(p.untyped_storage()._cdata, None)
@@ -152,7 +167,7 @@ def test_a_plan_counts_what_a_step_on_the_cpu_holds():
 
 def test_a_plan_of_several_processes_shares_the_state():
     """bfloat16 weights and gradients on every rank; momentum (4 bytes) and lower halves (2) of the banks shared."""
-    one, eight = (plan_memory(SMALL, extras.gpu_runtime(Options(), world, 80)) for world in (1, 8))
+    one, eight = (plan_memory(SMALL, train_gpt.gpu_runtime(Options(), world, 80)) for world in (1, 8))
     matrices = 75_497_472
     assert one.weights == pytest.approx(2 * 268_665_983, rel=1e-3) and one.gradients == one.weights
     assert one.optimizer > 6 * matrices
@@ -163,7 +178,7 @@ def test_a_plan_of_several_processes_shares_the_state():
 @pytest.mark.parametrize("name", TRACKS)
 def test_the_plan_of_every_track_is_printed_without_a_gpu(name, capsys):
     track, options = parse_command([name, "--plan", "--plan-tokens-per-second", "100000"])
-    text = extras.plan(track, options)
+    text = train_gpt.plan(track, options)
     assert text.startswith(f"{name}: ") and "parameters" in text and "80 GB" in text
     tokens = sum(track.at(step).stage.tokens for step in range(track.schedule.total_steps))
     assert f"{tokens:,} tokens" in text and "100,000 tokens/s" in text
@@ -172,14 +187,14 @@ def test_the_plan_of_every_track_is_printed_without_a_gpu(name, capsys):
 
 
 def test_xl_fits_80_gb():
-    assert extras.fit(XL, Options(), 8, 80) == "fits"
+    assert train_gpt.fit(XL, Options(), 8, 80) == "fits"
 
 
 def test_flops_of_a_token_by_hand():
     """GPT-2 of one layer: 6 N + 12 d T, N with the head."""
     model = replace(NANO.model, num_layers=1, paired_layers=(), long_layers=(), num_heads=2, head_dim=8)
     track = replace(NANO, model=model)
-    assert extras.flops_per_token(track, track.at(0)) == 6 * (12 * 256 + 16 * 272) + 12 * 16 * 65
+    assert train_gpt.flops_per_token(track, track.at(0)) == 6 * (12 * 256 + 16 * 272) + 12 * 16 * 65
 
 
 # ---- small siblings ----
@@ -201,7 +216,7 @@ def test_a_scaled_track_keeps_its_recipe():
     assert scaled(SMALL, "depth=1") == SMALL
     for track in TRACKS.values():
         for text in ("width=0.5", "depth=0.5", "width=2", "width=0.25,depth=0.3"):
-            extras.meta_model(scaled(track, text), Runtime(torch.device("meta")))
+            train_gpt.meta_model(scaled(track, text), Runtime(torch.device("meta")))
 
 
 @pytest.mark.parametrize("text", ["", "width", "width=a", "height=2", "width=0.01", "depth=0", "width=-1", "depth=inf"])
@@ -225,7 +240,7 @@ def test_parameter_counts():
     }
     readme = (REPO / "README.md").read_text()
     for name, counts in expected.items():
-        params = dict(extras.meta_model(TRACKS[name], Runtime(torch.device("meta"))).named_parameters())
+        params = dict(train_gpt.meta_model(TRACKS[name], Runtime(torch.device("meta"))).named_parameters())
         size = lambda *names, params=params: sum(p.numel() for n, p in params.items() if not names or n in names)
         found = size(), size("attn_bank", "mlp_bank"), size("embed", "head", "value_embeds", "embed2")
         assert found == counts, name
