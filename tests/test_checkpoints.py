@@ -17,7 +17,18 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import LAUNCHER_VARIABLES, REPO, cpu, mutated, text_like, tiny_options, tiny_track, torchrun, write_shard
+from conftest import (
+    LAUNCHER_VARIABLES,
+    REPO,
+    cpu,
+    mutated,
+    run_process,
+    text_like,
+    tiny_options,
+    tiny_track,
+    torchrun,
+    write_shard,
+)
 
 import train_gpt
 from train_gpt import Checkpoint, CheckpointError, Options, SpeedrunError, train
@@ -533,3 +544,21 @@ def test_a_rank_that_falls_behind_or_silent_is_named(monkeypatch):
     finally:
         for rank in ranks:
             rank.stop()
+
+
+BUSY_HEARTBEAT = """
+import os, threading, time, torch
+import train_gpt
+store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port)}
+threading.Event.wait = lambda event, timeout=None: event.is_set() or time.sleep(0.001)  # always in the store
+heartbeat = train_gpt.Heartbeat(0, 1)
+time.sleep(0.5)
+heartbeat.stop()
+"""
+
+
+def test_a_process_does_not_abort_while_its_heart_beats():
+    """Catches: a thread that comes back from the store while the interpreter goes (`terminate called without ...`)."""
+    done = run_process([sys.executable, "-c", BUSY_HEARTBEAT])
+    assert done.returncode == 0, done.stderr
