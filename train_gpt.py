@@ -101,8 +101,12 @@ class ModelConfig:
     """Multiply the output of each head by a gate."""
     key_offset: bool = True
     """In layers with the long window, half of each key comes from the token before."""
-    second_embed: bool = False
-    """Mix a second embedding of the token into every layer, beside x0."""
+    second_embed: tuple[int, ...] = ()
+    """Mix a second embedding into every layer, beside x0: the sum, over these n, of that of the last n tokens."""
+    second_embed_rows: int = 1 << 16
+    """Rows of its table, which n-grams are hashed into; a token alone keeps its number."""
+    second_embed_lambda: float = 0.0
+    """Its initial weight in each layer."""
     gate_dim: int = 12
     """How many leading dims of the stream all gates read."""
     mlp_ratio: int = 4
@@ -446,7 +450,8 @@ MEDIUM = Track(
         value_embeds=tuple((layer, layer % 11) for layer in (0, 1, 2, 3, 4, 11, 12, 13, 14, 15)),
         skips=((6, 9), (4, 10), (2, 11)),
         backout_layer=11,
-        second_embed=True,
+        second_embed=(1,),
+        second_embed_rows=50304,
         gate_dim=16,
         resid_lambda=1.05,
     ),
@@ -527,20 +532,24 @@ XL = Track(
     optimizer=OptimizerConfig(adam_lr=0.004, muon_lr=0.015),
 )
 
+# Bytes say little by themselves: n-grams have embeddings, and two layers are then enough.
 NANO = Track(
     name="nano",
     target_loss=1.22,
     model=ModelConfig(
         vocab_size=257,
-        num_layers=5,
+        num_layers=2,
         num_heads=2,
         head_dim=64,
-        without_attention=(3,),
-        paired_layers=(0, 2),
-        long_layers=(1, 4),
-        value_embeds=((0, 0), (1, 1), (4, 1)),
-        skips=((1, 3),),
-        backout_layer=3,
+        without_attention=(),
+        paired_layers=(0,),
+        long_layers=(1,),
+        value_embeds=((0, 0), (1, 1)),
+        skips=(),
+        backout_layer=99,
+        second_embed=(2, 3, 4, 5, 6),
+        second_embed_rows=32_768,
+        second_embed_lambda=0.5,
         vocab_multiple=16,
     ),
     data=DataConfig(
@@ -552,20 +561,23 @@ NANO = Track(
         val_row_tokens=16_384,
     ),
     schedule=Schedule(
-        scheduled_steps=500,
+        scheduled_steps=150,
         extension_steps=10,
         stages=(
-            Stage(1024, (64, 192), 1.0, ((1.0, 1.0), (0.5, 0.5), (0.25, 0.0))),
-            Stage(1536, (64, 256), 1.0, ((1.0, 1.0), (0.5, 0.0))),
+            Stage(2048, (64, 192), 1.0, ((1.0, 1.0),)),
+            Stage(2048, (64, 256), 1.0, ((1.0, 1.0),)),
             Stage(2048, (64, 320), 1.0, ((1.0, 1.0),)),
         ),
         extension=Stage(2048, (64, 384), 0.1, ((1.0, 1.0),)),
         final_long_window=512,
         attn_scale=0.2,  # heads half as wide as those of `small`
-        momentum_steps=(100, 20),
+        momentum_steps=(50, 20),
         val_every=0,
     ),
-    optimizer=OptimizerConfig(adam_lr=0.016),
+    optimizer=OptimizerConfig(
+        adam_lr=0.035,
+        rules=replace(SMALL.optimizer.rules, embed2=replace(SMALL.optimizer.rules.embed2, lr_mul=(30.0,))),
+    ),
 )
 
 TRACKS = {track.name: track for track in (NANO, SMALL, MEDIUM, XL)}
@@ -1175,18 +1187,19 @@ def adam_update(
     master = p if low is None else join_halves(p, low)
     grad = grad.to(master.dtype)
     exp_avg.lerp_(grad, 1 - betas[0])
-    exp_avg_sq.lerp_(grad.square(), 1 - betas[1])
-    update = exp_avg / exp_avg_sq.sqrt().add_(eps) * step
-    decayed = master * (update * master > 0) if cautious else master
-    store(master - (update + decayed * decay), p, low)
+    exp_avg_sq.mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1])
+    # In place: on a CPU each temporary of an embedding's size costs as much as the rest.
+    update = exp_avg_sq.sqrt().add_(eps).reciprocal_().mul_(exp_avg).mul_(step)
+    decayed = (update * master).gt_(0).mul_(master) if cautious else master.clone()
+    store(master.sub_(update.add_(decayed.mul_(decay))), p, low)
 
 
 def store(master: Tensor, p: Tensor, low: Tensor | None) -> None:
     """Put updated weights back in place, in one piece or in halves."""
-    if low is None:
-        p.copy_(master)
-    else:
+    if low is not None:
         split_halves(master, p, low)
+    elif master is not p:
+        p.copy_(master)
 
 
 class Optimizer:
@@ -1427,8 +1440,8 @@ class GPT(nn.Module):
             scalars["backout_lambda"] = torch.full((), 0.5)
         if config.second_embed:
             # Not zero: with x02_lambda zero as well, neither would ever have a gradient.
-            weights["embed2"] = torch.randn(V, d, generator=generator) * 0.005
-            scalars["x02_lambda"] = torch.zeros(L)
+            weights["embed2"] = torch.randn(config.second_embed_rows, d, generator=generator) * 0.005
+            scalars["x02_lambda"] = torch.full((L,), config.second_embed_lambda)
         for name, value in weights.items():
             if value.numel():  # a layout without, say, skips has no parameters for them
                 self.register_parameter(name, nn.Parameter(value.to(runtime.device, runtime.dtype)))
@@ -1497,7 +1510,7 @@ class GPT(nn.Module):
             smear = self.smear_lambda * torch.sigmoid(e[first:, :g] @ self.smear_gate)
             e = torch.cat((e[:first], e[first:] + smear[:, None] * before))
         x = x0 = norm(e)
-        x02 = norm(F.embedding(tokens, self.embed2)) if c.second_embed else None
+        x02 = norm(self._second_embedding(tokens, cu_seqlens, cache)) if c.second_embed else None
         outputs: dict[int, Tensor] = {}
         for i, layer in enumerate(self.layers):
             for slot, source in layer.skips:
@@ -1527,6 +1540,27 @@ class GPT(nn.Module):
         if c.backout_layer in outputs:
             x = x - self.backout_lambda * outputs[c.backout_layer]
         return norm(x)
+
+    def _second_embedding(self, tokens: Tensor, cu_seqlens: Tensor, cache: Cache | None) -> Tensor:
+        """Sum of the embeddings of the last n tokens, for all n of the layout, found by their hashes. (T, d)
+
+        Nothing stands before the start of a document.
+        """
+        c, T, keys = self.config, tokens.size(0), []
+        position = torch.arange(T, device=tokens.device)
+        if cache is None:
+            position = position - cu_seqlens[torch.searchsorted(cu_seqlens, position, right=True) - 1]
+        else:
+            position = position + cache.length
+        key = before = tokens
+        for n in range(1, max(c.second_embed) + 1):
+            if n in c.second_embed:
+                keys.append(key % c.second_embed_rows)
+            # The polynomial hash of Karp and Rabin; 48271 generates the integers modulo the prime 2^31 - 1.
+            before = before[:-1] if cache is None else cache.shifted(f"token {n}", before)
+            before = F.pad(before, (T - len(before), 0))
+            key = (48271 * key + torch.where(position >= n, before + 1, 0)) % (2**31 - 1)
+        return F.embedding(torch.stack(keys), self.embed2).sum(0)
 
     def attend(
         self,
@@ -2224,6 +2258,8 @@ class Runtime:
                 )
         else:
             keep_freed_memory()
+            # The mean squares of embeddings that are rarely seen decay to denormal numbers, with which CPUs are slow.
+            torch.set_flush_denormal(True)
         has_fp8 = cuda and torch.cuda.get_device_capability() >= (8, 9)
         for name, wanted, present, least in (
             ("--kernels triton", options.kernels == "triton", cuda and triton, "CUDA and the package triton"),
@@ -3407,6 +3443,7 @@ def saved_for_backward(
     model: ModelConfig, settings: Settings, tokens: int, cuda: bool, dtype: torch.dtype, fused: bool, fp8: bool
 ) -> int:
     """Bytes of the tensors that the forward pass of a row keeps, besides weights: counted on tensors without data."""
+    import torch.nn.attention.varlen
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with contextlib.ExitStack() as stack:

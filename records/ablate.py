@@ -1,7 +1,7 @@
-"""What is each technique worth? Trains `nano` with one of them switched off at a time, several seeds each.
+"""What is each technique worth? Trains `nano` with one switched off, or one that it lacks on, several seeds each.
 
     python records/ablate.py                          # all variants, seeds 0 to 2, into records/nano/ablation
-    python records/ablate.py --seeds 5 --only "no smear" "no skip"
+    python records/ablate.py --seeds 5 --only "no smear" "no key offset"
     python records/ablate.py --table                  # no training: the table of what is there
 
 Every variant is the track with a few numbers changed on the command line, printed in the table, so that each run can be
@@ -28,10 +28,15 @@ from runlogs import Log, LogError, parse_log
 REPO = Path(__file__).resolve().parents[1]
 FULL = "full recipe"
 # Validate often, to see when the target is met, hence on the first eighth of the validation bytes only.
-COMMON = ("--val-every", "50", "--data.val-tokens", "65536", "--sample-tokens", "0")
-FLAT_STAGES = tuple(word for i in range(3) for word in (f"--schedule.stages.{i}.tokens", "1536"))  # as many in all
-LONG_WINDOWS = tuple(word for i in range(3) for word in (f"--schedule.stages.{i}.windows", "64", "384"))
-NEXT_TOKEN = tuple(word for i in range(3) for word in (f"--schedule.stages.{i}.prediction-weights", "1", "1"))
+COMMON = ("--val-every", "20", "--data.val-tokens", "65536", "--sample-tokens", "0")
+
+
+def per_stage(name: str, *values: str) -> tuple[str, ...]:
+    """Options that give a field of the three stages these values."""
+    words = [(f"--schedule.stages.{i}.{name}", *value.split()) for i, value in enumerate(values)]
+    return tuple(word for option in words for word in option)
+
+
 ADAM = tuple(
     word
     for bank in ("attn-bank", "mlp-bank")
@@ -51,18 +56,21 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "decay of all weights, not cautious": ("--optimizer.no-cautious",),
     "always tied": ("--schedule.untie", "2"),  # never reached
     "never tied": ("--schedule.untie", "0"),
-    "next-token prediction only": NEXT_TOKEN,
-    "same batch in all stages": FLAT_STAGES,
-    "last windows from the start": LONG_WINDOWS,
+    "no second embedding": ("--model.second-embed",),
+    "second embedding of bytes, not n-grams": ("--model.second-embed", "1"),
+    "no growth of windows": per_stage("windows", *3 * ("64 384",)),
     "no YaRN": ("--schedule.yarn-max-window", "0"),
     "no paired heads": ("--model.paired-layers",),
     "no key offset": ("--model.no-key-offset",),
     "no attention gates": ("--model.no-attention-gates",),
     "no value embeddings": ("--model.value-embeds",),
     "no smear": ("--model.no-smear",),
-    "no skip": ("--model.skips",),
-    "no backout": ("--model.backout-layer", "99"),
     "no x0 in later layers": ("--optimizer.rules.x0-lambda.lr-mul", "0"),
+    "with a skip": ("--model.skips", "0", "1"),
+    "with a backout": ("--model.backout-layer", "0"),
+    "with multi-token prediction": per_stage("prediction-weights", "1 1 0.5 0.5 0.25 0", "1 1 0.5 0", "1 1"),
+    "with growth of the batch": per_stage("tokens", "1024", "2048", "3072"),
+    "with a third layer": ("--model.num-layers", "3"),
 }
 
 

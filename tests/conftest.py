@@ -96,6 +96,14 @@ def tiny_options() -> list[str]:
         "model.num-heads": 2,
         "model.head-dim": 8,
         "model.gate-dim": 12,
+        "model.without-attention": (3,),
+        "model.paired-layers": (0, 2),
+        "model.long-layers": (1, 4),
+        "model.value-embeds": (0, 0, 1, 1, 4, 1),
+        "model.skips": (1, 3),
+        "model.backout-layer": 3,
+        "model.second-embed": (1, 2, 4),
+        "model.second-embed-rows": 320,
         "data.rows-per-step": 8,
         "data.val-tokens": 700,
         "data.val-row-tokens": 96,
@@ -112,6 +120,7 @@ def tiny_options() -> list[str]:
         numbers[f"schedule.stages.{i}.tokens"] = 8 * (12 + 6 * i)
         numbers[f"schedule.stages.{i}.windows"] = (4 + i, 8 + 4 * i)
         numbers[f"schedule.stages.{i}.max-doc-len"] = 12 + 4 * i
+        numbers[f"schedule.stages.{i}.prediction-weights"] = ((1, 1, 0.5, 0.5, 0.25, 0), (1, 1, 0.5, 0), (1, 1))[i]
     words = []
     for name, value in numbers.items():
         words += [f"--{name}", *(str(v) for v in (value if isinstance(value, tuple) else (value,)))]

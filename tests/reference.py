@@ -35,6 +35,7 @@ class Layout:
     skips: tuple[tuple[int, int], ...]  # (from layer's output, to layer's input), in the order of skip_gate's rows
     backout_layer: int | None  # its output is subtracted at the end; None: no backout
     gate_width: int  # g: the gates read the first g dims
+    second_embed: tuple[int, ...] = ()  # n: the second input embedding is that of the last n tokens, summed over these
 
 
 SMALL = Layout(
@@ -89,6 +90,15 @@ def rotate(x: Tensor, frequencies: Tensor, positions: Tensor) -> Tensor:
         result[:, 2 * j] = even * angle.cos() + odd * angle.sin()
         result[:, 2 * j + 1] = odd * angle.cos() - even * angle.sin()
     return result
+
+
+def row_of_ngram(tokens: list[int], position: int, n: int, documents: list[int], rows: int) -> int:
+    """Row of the second input embedding for the n tokens that end at a position; before the document are none."""
+    key = tokens[position]
+    for back in range(1, n):
+        inside = position >= back and documents[position - back] == documents[position]
+        key = (48271 * key + (tokens[position - back] + 1 if inside else 0)) % (2**31 - 1)
+    return key % rows
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor, window: int, attn_scale: float) -> Tensor:
@@ -187,7 +197,7 @@ def forward(
     weights: embed (V, d), head (d, V), attn_bank (>= 4A, d, d) as Wq, Wk, Wv, Wo per attention layer, mlp_bank
     (>= 2L, 4d, d) as fc, proj per layer, value_embeds (tables, V, d), attn_gates (A, H, g), value_gates (E, H, g),
     smear_gate (g,), skip_gate (S, g) or (g,), resid_lambda (L,), sa_lambda (L, 2), x0_lambda (L,), smear_lambda (),
-    skip_lambda (S,) or (), backout_lambda (); and, for a second input embedding, embed2 (V, d), x02_lambda (L,).
+    skip_lambda (S,) or (), backout_lambda (); and, for a second input embedding, embed2 (rows, d), x02_lambda (L,).
     norm_eps: pass the epsilon of the implementation under test where its activations are of another dtype.
     """
     weights = {name: weight.double() for name, weight in weights.items()}
@@ -201,7 +211,12 @@ def forward(
     embedded = weights["embed"][tokens]
     smear = weights["smear_lambda"] * torch.sigmoid(embedded[1:, :g] @ weights["smear_gate"])
     x0 = norm(torch.cat([embedded[:1], embedded[1:] + smear[:, None] * embedded[:-1]]), norm_eps)
-    x02 = norm(weights["embed2"][tokens], norm_eps) if "embed2" in weights else None
+    x02 = None
+    if layout.second_embed:
+        table, ids = weights["embed2"], documents.tolist()
+        row = lambda t, n: row_of_ngram(tokens.tolist(), t, n, ids, len(table))
+        x02 = torch.stack([sum(table[row(t, n)] for n in layout.second_embed) for t in range(len(tokens))])
+        x02 = norm(x02, norm_eps)
 
     x = x0
     layer_outputs = []

@@ -29,12 +29,13 @@ MEDLEY = ModelConfig(
     value_embeds=((0, 1), (2, 0), (5, 1)),
     skips=((0, 2), (1, 4), (2, 4)),
     backout_layer=3,
-    second_embed=True,
+    second_embed=(1, 3),
+    second_embed_rows=211,
     gate_dim=16,
 )
 CONFIGS = {
     "small": replace(SMALL.model, vocab_size=300, head_dim=32),
-    "medium": replace(MEDIUM.model, vocab_size=300, head_dim=16),
+    "medium": replace(MEDIUM.model, vocab_size=300, second_embed_rows=384, head_dim=16),
     "nano": NANO.model,
     "medley": MEDLEY,
 }
@@ -50,8 +51,9 @@ def layout_of(config: ModelConfig) -> reference.Layout:
         long=config.long_layers,
         value_embed=dict(config.value_embeds),
         skips=config.skips,
-        backout_layer=config.backout_layer,
+        backout_layer=config.backout_layer if config.backout_layer < config.num_layers else None,
         gate_width=config.gate_dim,
+        second_embed=config.second_embed,
     )
 
 
@@ -332,7 +334,7 @@ def test_a_second_embedding_does_not_start_at_zero():
     config = CONFIGS["medium"]
     model = GPT(config, cpu())
     assert model.embed2.std().item() == pytest.approx(0.005, rel=2e-2) and not model.x02_lambda.any()
-    assert torch.equal(GPT(replace(config, second_embed=False), cpu()).head, model.head), "all else is as without it"
+    assert torch.equal(GPT(replace(config, second_embed=()), cpu()).head, model.head), "all else is as without it"
     row, at = make_row(40, [0], config.vocab_size), step_settings((9, 20), config.head_dim)
     model(row, at, torch.ones(1))[0].backward()
     assert model.x02_lambda.grad.abs().min() > 0

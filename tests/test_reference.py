@@ -175,7 +175,9 @@ def test_second_input_embedding_is_mixed_in_beside_x0(golden: dict[str, Tensor])
     """Catches x02 that is smeared, unnormed or mixed elsewhere: as a copy of x0 it can only do what x0_λ does."""
     embed, x0_lambda = golden["embed"], golden["x0_lambda"].double()
     no_smear = torch.zeros((), dtype=torch.float64)
-    half = run(golden, smear_lambda=no_smear, embed2=embed, x0_lambda=0.25 * x0_lambda, x02_lambda=0.75 * x0_lambda)[1]
+    layout = dataclasses.replace(LAYOUT, second_embed=(1,))
+    split = {"x0_lambda": 0.25 * x0_lambda, "x02_lambda": 0.75 * x0_lambda}
+    half = run(golden, layout=layout, smear_lambda=no_smear, embed2=embed, **split)[1]
     torch.testing.assert_close(half, run(golden, smear_lambda=no_smear)[1], rtol=1e-12, atol=1e-12)
 
 
