@@ -575,8 +575,8 @@ NANO = Track(
         val_every=0,
     ),
     optimizer=OptimizerConfig(
-        adam_lr=0.035,
-        rules=replace(SMALL.optimizer.rules, embed2=replace(SMALL.optimizer.rules.embed2, lr_mul=(30.0,))),
+        adam_lr=0.03,
+        rules=replace(SMALL.optimizer.rules, embed2=replace(SMALL.optimizer.rules.embed2, lr_mul=(20.0,))),
     ),
 )
 

@@ -1,6 +1,6 @@
 """Looks for better numbers of `nano`: successive halving at equal training time, on files held out for tuning.
 
-    python records/search.py --candidates 27 --steps 300 --jobs 2     # into records/nano/search
+    python records/search.py --candidates 27 --steps 120 --jobs 2     # into records/nano/search
     python records/search.py --table                                  # no training: what is there, ranked
 
 Candidates are the track with one to three of the changes in SPACE, drawn at random. How long their steps take is
@@ -52,46 +52,47 @@ def rule(names: str, name: str, *values: object) -> list[tuple[str, ...]]:
 
 
 SPACE: dict[str, list[tuple[str, ...]]] = {
-    "layers": option("model.num-layers", 4, 6),
+    "layers": option("model.num-layers", 1, 3),
     "heads": [
         ("--model.num-heads", "4", "--model.head-dim", "32"),
         ("--model.num-heads", "4", "--model.head-dim", "24"),
         ("--model.num-heads", "2", "--model.head-dim", "80"),
         ("--model.num-heads", "4", "--model.head-dim", "48"),
     ],
-    "mlp ratio": option("model.mlp-ratio", 2, 3, 6),
-    "attention everywhere": [("--model.without-attention",)],
-    "paired layers": option("model.paired-layers", "", "0", "2"),
-    "long layers": option("model.long-layers", "0 1 4", "1", "1 2 4", "0 1 2 3 4"),
-    "value embeddings": option("model.value-embeds", "0 0 1 1 2 2 4 0", "0 0 1 1 2 2 4 3", "0 0 4 1", "1 0 4 1"),
-    "no skip": [("--model.skips",)],
-    "no backout": option("model.backout-layer", 99),
+    "mlp ratio": option("model.mlp-ratio", 1, 2, 3, 6),
+    "paired layers": option("model.paired-layers", "", "1", "0 1"),
+    "long layers": option("model.long-layers", "0", "0 1"),
+    "value embeddings": option("model.value-embeds", "", "0 0", "1 0"),
+    "n-grams": option("model.second-embed", "2 3 4", "1 2 3 4 5", "2 3 4 5 6 8", "3 4 5 6"),
+    "rows for n-grams": option("model.second-embed-rows", 16384, 49152, 65536),
+    "weight of n-grams": option("model.second-embed-lambda", 0.25, 1.0),
+    "a skip": [("--model.skips", "0", "1")],
+    "a backout": option("model.backout-layer", 0),
     "no smear": [("--model.no-smear",)],
     "no attention gates": [("--model.no-attention-gates",)],
     "residual weight": option("model.resid-lambda", 1.0, 1.2),
-    "tokens": of_stages("tokens", (1024,) * 3, (1024, 1024, 1536), (512, 1024, 2048), (1024, 2048, 2048), (2048,) * 3),
-    "windows": of_stages(
-        "windows", ("64 128",) * 3, ("64 192",) * 3, ("64 256",) * 3, ("32 128", "32 192", "32 256"), ("64 384",) * 3
-    ),
-    "document length": of_stages("max-doc-len", (512,) * 3, (1024,) * 3, (4096,) * 3, (512, 1024, 2048)),
+    "tokens": of_stages("tokens", (1024, 2048, 3072), (1536, 2048, 2560), (3072,) * 3),
+    "windows": of_stages("windows", ("64 192",) * 3, ("64 256",) * 3, ("32 128", "32 192", "32 256"), ("64 384",) * 3),
+    "document length": of_stages("max-doc-len", (1024,) * 3, (4096,) * 3),
     "prediction weights": of_stages(
-        "prediction-weights", ("1 1",) * 3, ("1 1 0.5 0", "1 1", "1 1"), ("1 1 0.5 0.5", "1 1 0.5 0", "1 1")
+        "prediction-weights", ("1 1 0.5 0", "1 1", "1 1"), ("1 1 0.5 0.5", "1 1 0.5 0", "1 1")
     ),
     "peak lr": of_stages("lr", (1.0, 1.2, 1.4), (1.0, 0.9, 0.8)),
     "cooldown": option("schedule.cooldown", 0.35, 0.65, 0.8),
     "final lr": option("schedule.final-lr", 0.03, 0.2),
     "attention scale": option("schedule.attn-scale", 0.12, 0.16, 0.25),
     "momentum": option("schedule.momentum", "0.8 0.9", "0.85 0.92", "0.9 0.95"),
-    "momentum steps": option("schedule.momentum-steps", "50 20", "200 20"),
-    "untie": option("schedule.untie", 0.3, 0.5, 2),
-    "Adam lr": option("optimizer.adam-lr", 0.008, 0.012, 0.022, 0.03),
+    "momentum steps": option("schedule.momentum-steps", "20 10", "100 20"),
+    "untie": option("schedule.untie", 0.3, 0, 2),
+    "Adam lr": option("optimizer.adam-lr", 0.012, 0.02, 0.04),
     "Adam decay": option("optimizer.adam-decay", 0.0, 0.001),
     "Muon lr": option("optimizer.muon-lr", 0.016, 0.03, 0.04),
     "Muon decay": option("optimizer.muon-decay", 0.3, 0.6, 2.4),
     "Muon beta2": option("optimizer.muon-beta2", 0.9, 0.98),
     "rounds of Polar Express": option("optimizer.polar-express-rounds", 3, 4),
+    "n-gram lr": rule("embed2", "lr-mul", 10, 40, 75),
     "value embedding lr": rule("value-embeds", "lr-mul", 20, 40, 150),
-    "scalar lr": rule("resid-lambda sa-lambda x0-lambda skip-lambda backout-lambda", "lr-mul", 1, 2.5, 10),
+    "scalar lr": rule("resid-lambda sa-lambda x0-lambda x02-lambda", "lr-mul", 1, 2.5, 10),
     "gate lr": rule("attn-gates value-gates", "lr-mul", 0.3, 3),
     "MLP projection lr": rule("mlp-bank", "lr-mul", 1),
 }
@@ -113,9 +114,11 @@ TRACK: Candidate = ("track", ())
 
 
 def draw(count: int, seed: int, fixed: tuple[str, ...] = ()) -> list[Candidate]:
-    """The track, and `count` different candidates: each has one to three changes to it."""
+    """The track, and `count` different candidates, fewer if there are no more: each has one to three changes to it."""
     generator, found = random.Random(seed), {TRACK[0]: TRACK}
-    while len(found) <= count:
+    for _ in range(1000 * count):
+        if len(found) > count:
+            break
         names = sorted(generator.sample(list(SPACE), min(generator.choice((1, 1, 2, 3)), len(SPACE))))
         picks = [generator.choice(SPACE[name]) for name in names]
         if any(set(pick) & set(fixed) & {w for w in pick if w.startswith("--")} for pick in picks):
@@ -266,7 +269,7 @@ def table(trials: list[Trial]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Successive halving over changes of nano, at equal training time.")
     parser.add_argument("--candidates", type=int, default=27, metavar="N")
-    parser.add_argument("--steps", type=int, default=300, metavar="N", help="scheduled steps of the track")
+    parser.add_argument("--steps", type=int, default=120, metavar="N", help="scheduled steps of the track")
     parser.add_argument("--seed", type=int, default=0, help="of the candidates drawn")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time, which share the cores")
     parser.add_argument("--out", type=Path, default=REPO / "records" / "nano" / "search", metavar="FOLDER")

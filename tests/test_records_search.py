@@ -33,6 +33,11 @@ def test_candidates_are_different_and_the_same_each_time():
     assert not any("--optimizer.muon-lr" in words for _, words in fixed)
 
 
+def test_a_space_that_is_too_small_ends(monkeypatch):
+    monkeypatch.setattr(search, "SPACE", {"smear": [("--model.no-smear",)]})
+    assert [words for _, words in draw(5, seed=0)] == [(), ("--model.no-smear",)]
+
+
 def options_of(tmp_path, **changes) -> argparse.Namespace:
     values = {"candidates": 9, "steps": 300, "seed": 0, "jobs": 1, "out": tmp_path, "extra": []}
     return argparse.Namespace(**values | changes)
@@ -77,7 +82,7 @@ def test_a_real_round(tmp_path, tiny_data, monkeypatch):
     """Two candidates and the track, made tiny, are timed, trained and ranked."""
     monkeypatch.setattr(search, "DATA", tiny_data)
     monkeypatch.setattr(search, "COMMON", ("--data-dir", str(tiny_data), "--sample-tokens", "0", "--device", "cpu"))
-    monkeypatch.setattr(search, "SPACE", {"skip": [("--model.skips",)], "smear": [("--model.no-smear",)]})
+    monkeypatch.setattr(search, "SPACE", {"gates": [("--model.no-attention-gates",)], "smear": [("--model.no-smear",)]})
     extra = [*tiny_options(), "--dtype", "float32"]
     search.search(options_of(tmp_path, candidates=2, steps=18, extra=extra), tmp_path / "search.csv")
     trials = read_trials(tmp_path / "search.csv")
