@@ -115,6 +115,8 @@ class ModelConfig:
     """The vocabulary is padded to a multiple of this."""
     resid_lambda: float = 1.1
     """Initial weight of the residual stream at the entry of each layer."""
+    equal_qk_init: bool = False
+    """Start with Wk equal to Wq in every layer: each position attends first to those that are like it."""
 
     @property
     def width(self) -> int:
@@ -532,7 +534,8 @@ XL = Track(
     optimizer=OptimizerConfig(adam_lr=0.004, muon_lr=0.015),
 )
 
-# Bytes say little by themselves: n-grams have embeddings, and two layers are then enough.
+# Bytes say little by themselves: n-grams have embeddings, and two layers are then enough. Queries that start equal to
+# keys find earlier places with the same n-grams from the first step on.
 NANO = Track(
     name="nano",
     target_loss=1.22,
@@ -550,7 +553,9 @@ NANO = Track(
         second_embed=(2, 3, 4, 5, 6),
         second_embed_rows=32_768,
         second_embed_lambda=0.5,
+        mlp_ratio=2,
         vocab_multiple=16,
+        equal_qk_init=True,
     ),
     data=DataConfig(
         dataset="nano",
@@ -561,7 +566,7 @@ NANO = Track(
         val_row_tokens=16_384,
     ),
     schedule=Schedule(
-        scheduled_steps=150,
+        scheduled_steps=90,
         extension_steps=10,
         stages=(
             Stage(2048, (64, 192), 1.0, ((1.0, 1.0),)),
@@ -1414,6 +1419,8 @@ class GPT(nn.Module):
         uniform = lambda std, *shape: (torch.rand(shape, generator=generator) * 2 - 1) * (std * math.sqrt(3))
         for i in range(num_attention):
             attn_bank[4 * i : 4 * i + 3] = uniform(d**-0.5, 3, d, d)
+            if config.equal_qk_init:
+                attn_bank[4 * i + 1] = attn_bank[4 * i]
         for i in range(L):
             mlp_bank[2 * i] = uniform(0.5 * d**-0.5, hidden, d)
         head = torch.randn(d, V, generator=generator) * 0.005

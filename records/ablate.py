@@ -28,7 +28,7 @@ from runlogs import Log, LogError, parse_log
 REPO = Path(__file__).resolve().parents[1]
 FULL = "full recipe"
 # Validate often, to see when the target is met, hence on the first eighth of the validation bytes only.
-COMMON = ("--val-every", "20", "--data.val-tokens", "65536", "--sample-tokens", "0")
+COMMON = ("--val-every", "10", "--data.val-tokens", "65536", "--sample-tokens", "0")
 
 
 def per_stage(name: str, *values: str) -> tuple[str, ...]:
@@ -60,6 +60,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "second embedding of bytes, not n-grams": ("--model.second-embed", "1"),
     "no growth of windows": per_stage("windows", *3 * ("64 384",)),
     "no YaRN": ("--schedule.yarn-max-window", "0"),
+    "queries and keys start different": ("--model.no-equal-qk-init",),
     "no paired heads": ("--model.paired-layers",),
     "no key offset": ("--model.no-key-offset",),
     "no attention gates": ("--model.no-attention-gates",),
@@ -71,6 +72,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "with multi-token prediction": per_stage("prediction-weights", "1 1 0.5 0.5 0.25 0", "1 1 0.5 0", "1 1"),
     "with growth of the batch": per_stage("tokens", "1024", "2048", "3072"),
     "with a third layer": ("--model.num-layers", "3"),
+    "with a wider MLP": ("--model.mlp-ratio", "4"),
 }
 
 

@@ -1,6 +1,6 @@
 """Looks for better numbers of `nano`: successive halving at equal training time, on files held out for tuning.
 
-    python records/search.py --candidates 27 --steps 120 --jobs 2     # into records/nano/search
+    python records/search.py --candidates 27 --steps 90 --jobs 2     # into records/nano/search
     python records/search.py --table                                  # no training: what is there, ranked
 
 Candidates are the track with one to three of the changes in SPACE, drawn at random. How long their steps take is
@@ -59,7 +59,7 @@ SPACE: dict[str, list[tuple[str, ...]]] = {
         ("--model.num-heads", "2", "--model.head-dim", "80"),
         ("--model.num-heads", "4", "--model.head-dim", "48"),
     ],
-    "mlp ratio": option("model.mlp-ratio", 1, 2, 3, 6),
+    "mlp ratio": option("model.mlp-ratio", 1, 3, 4),
     "paired layers": option("model.paired-layers", "", "1", "0 1"),
     "long layers": option("model.long-layers", "0", "0 1"),
     "value embeddings": option("model.value-embeds", "", "0 0", "1 0"),
@@ -72,7 +72,7 @@ SPACE: dict[str, list[tuple[str, ...]]] = {
     "no attention gates": [("--model.no-attention-gates",)],
     "residual weight": option("model.resid-lambda", 1.0, 1.2),
     "tokens": of_stages("tokens", (1024, 2048, 3072), (1536, 2048, 2560), (3072,) * 3),
-    "windows": of_stages("windows", ("64 192",) * 3, ("64 256",) * 3, ("32 128", "32 192", "32 256"), ("64 384",) * 3),
+    "windows": of_stages("windows", ("64 192",) * 3, ("64 384",) * 3, ("64 512",) * 3, ("32 192", "32 256", "32 320")),
     "document length": of_stages("max-doc-len", (1024,) * 3, (4096,) * 3),
     "prediction weights": of_stages(
         "prediction-weights", ("1 1 0.5 0", "1 1", "1 1"), ("1 1 0.5 0.5", "1 1 0.5 0", "1 1")
@@ -84,7 +84,7 @@ SPACE: dict[str, list[tuple[str, ...]]] = {
     "momentum": option("schedule.momentum", "0.8 0.9", "0.85 0.92", "0.9 0.95"),
     "momentum steps": option("schedule.momentum-steps", "20 10", "100 20"),
     "untie": option("schedule.untie", 0.3, 0, 2),
-    "Adam lr": option("optimizer.adam-lr", 0.012, 0.02, 0.04),
+    "Adam lr": option("optimizer.adam-lr", 0.02, 0.04),
     "Adam decay": option("optimizer.adam-decay", 0.0, 0.001),
     "Muon lr": option("optimizer.muon-lr", 0.016, 0.03, 0.04),
     "Muon decay": option("optimizer.muon-decay", 0.3, 0.6, 2.4),
@@ -269,7 +269,7 @@ def table(trials: list[Trial]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Successive halving over changes of nano, at equal training time.")
     parser.add_argument("--candidates", type=int, default=27, metavar="N")
-    parser.add_argument("--steps", type=int, default=120, metavar="N", help="scheduled steps of the track")
+    parser.add_argument("--steps", type=int, default=90, metavar="N", help="scheduled steps of the track")
     parser.add_argument("--seed", type=int, default=0, help="of the candidates drawn")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time, which share the cores")
     parser.add_argument("--out", type=Path, default=REPO / "records" / "nano" / "search", metavar="FOLDER")

@@ -340,6 +340,15 @@ def test_a_second_embedding_does_not_start_at_zero():
     assert model.x02_lambda.grad.abs().min() > 0
 
 
+def test_queries_and_keys_start_equal_where_the_layout_says_so():
+    """Catches: Wk copied into another matrix, or other weights that change with it."""
+    config = CONFIGS["medley"]
+    free, equal = (GPT(replace(config, equal_qk_init=value), cpu()).attn_bank[:20] for value in (False, True))
+    assert torch.equal(equal[1::4], equal[0::4]) and not torch.equal(free[1], free[0])
+    for matrix in (0, 2, 3):
+        assert torch.equal(equal[matrix::4], free[matrix::4])
+
+
 @pytest.mark.parametrize("world_size", [2, 4, 8])
 def test_banks_are_padded_with_zero_matrices_that_change_nothing(world_size):
     """Catches weights that depend on the number of processes, and layers that read the padding."""

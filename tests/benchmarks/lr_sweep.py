@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("--widths", type=float, nargs="+", default=[0.5, 1, 2])
     parser.add_argument("--factors", type=float, nargs="+", default=[0.25, 0.5, 1, 2, 4], help="in rising order")
     parser.add_argument("--seeds", type=int, default=2, metavar="N")
-    parser.add_argument("--steps", type=int, default=250, metavar="N")
+    parser.add_argument("--steps", type=int, default=90, metavar="N")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time, which share the cores")
     options = parser.parse_args()
     subprocess.run([sys.executable, str(REPO / "data" / "nano.py"), "--tuning"], check=True)
