@@ -28,7 +28,7 @@ from runlogs import Log, LogError, parse_log
 REPO = Path(__file__).resolve().parents[1]
 FULL = "full recipe"
 # Validate often, to see when the target is met, hence on the first eighth of the validation bytes only.
-COMMON = ("--val-every", "10", "--data.val-tokens", "65536", "--sample-tokens", "0")
+COMMON = ("--val-every", "20", "--data.val-tokens", "65536", "--sample-tokens", "0")
 
 
 def per_stage(name: str, *values: str) -> tuple[str, ...]:
