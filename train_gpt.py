@@ -135,6 +135,10 @@ class ModelConfig:
                 f"model: num_layers {L} must be positive, head_dim {self.head_dim} a multiple of 4, and num_heads "
                 f"{self.num_heads} even when there are paired layers."
             )
+        if min((*self.second_embed, self.second_embed_rows)) < 1:
+            raise SpeedrunError(
+                f"model: second_embed {self.second_embed} and second_embed_rows {self.second_embed_rows} must be positive."
+            )
         if any(source >= target for source, target in self.skips):
             raise SpeedrunError(f"model.skips {self.skips}: a skip must lead to a later layer.")
         skips = [(source, target) for source, target in self.skips if target < L]
@@ -1193,7 +1197,7 @@ def adam_update(
     grad = grad.to(master.dtype)
     exp_avg.lerp_(grad, 1 - betas[0])
     exp_avg_sq.mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1])
-    # In place: on a CPU each temporary of an embedding's size costs as much as the rest.
+    # In place: fewer passes over memory take a quarter less time on a CPU, which does not fuse them.
     update = exp_avg_sq.sqrt().add_(eps).reciprocal_().mul_(exp_avg).mul_(step)
     decayed = (update * master).gt_(0).mul_(master) if cautious else master.clone()
     store(master.sub_(update.add_(decayed.mul_(decay))), p, low)
