@@ -137,7 +137,7 @@ class ModelConfig:
             )
         if min((*self.second_embed, self.second_embed_rows)) < 1:
             raise SpeedrunError(
-                f"model: second_embed {self.second_embed} and second_embed_rows {self.second_embed_rows} must be positive."
+                f"model: second_embed {self.second_embed} and its rows {self.second_embed_rows} must be positive."
             )
         if any(source >= target for source, target in self.skips):
             raise SpeedrunError(f"model.skips {self.skips}: a skip must lead to a later layer.")
