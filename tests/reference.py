@@ -213,10 +213,9 @@ def forward(
     x0 = norm(torch.cat([embedded[:1], embedded[1:] + smear[:, None] * embedded[:-1]]), norm_eps)
     x02 = None
     if layout.second_embed:
-        table, ids = weights["embed2"], documents.tolist()
-        row = lambda t, n: row_of_ngram(tokens.tolist(), t, n, ids, len(table))
-        x02 = torch.stack([sum(table[row(t, n)] for n in layout.second_embed) for t in range(len(tokens))])
-        x02 = norm(x02, norm_eps)
+        table, text, ids = weights["embed2"], tokens.tolist(), documents.tolist()
+        rows = lambda n: [row_of_ngram(text, t, n, ids, len(table)) for t in range(len(text))]
+        x02 = norm(sum(table[rows(n)] for n in layout.second_embed), norm_eps)
 
     x = x0
     layer_outputs = []

@@ -192,7 +192,7 @@ def test_xl_fits_80_gb():
 
 def test_flops_of_a_token_by_hand():
     """GPT-2 of one layer: 6 N + 12 d T, N with the head."""
-    model = replace(NANO.model, num_layers=1, paired_layers=(), long_layers=(), num_heads=2, head_dim=8)
+    model = replace(NANO.model, num_layers=1, paired_layers=(), long_layers=(), num_heads=2, head_dim=8, mlp_ratio=4)
     track = replace(NANO, model=model)
     assert train_gpt.flops_per_token(track, track.at(0)) == 6 * (12 * 256 + 16 * 272) + 12 * 16 * 65
 
