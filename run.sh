@@ -2,7 +2,7 @@
 # Trains one track from its data to its loss plot:   ./run.sh [track] [options of train_gpt.py…]
 #
 #   ./run.sh                          small where CUDA is found, else nano
-#   ./run.sh nano --seed 1            on the CPU, about two minutes
+#   ./run.sh nano --seed 1            on the CPU, under a minute
 #   NPROC=2 ./run.sh small            two processes whatever the number of GPUs
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=host ./run.sh small     on every node, each with its own NODE_RANK
 #   PYTHON=path/to/python ./run.sh    another interpreter
