@@ -632,6 +632,11 @@ def varlen_attention(q, k, v, cu_seqlens, max_seqlen, scale, window):
     )
 
 
+def document_starts(position: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Start of the document in which each position of a row lies."""
+    return cu_seqlens[torch.searchsorted(cu_seqlens, position, right=True) - 1]
+
+
 def block_local_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, window: int) -> Tensor:
     """Attention of the CPU: each block of queries sees its own block of keys and those that the window reaches.
 
@@ -644,7 +649,7 @@ def block_local_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, s
     end = num_blocks * block - T  # padding after the row
 
     position = torch.arange(T + end, dtype=cu_seqlens.dtype, device=q.device)
-    document_start = cu_seqlens[torch.searchsorted(cu_seqlens, position, right=True) - 1]
+    document_start = document_starts(position, cu_seqlens)
     first_key = torch.maximum(document_start, position - window).view(num_blocks, block, 1)
     key = F.pad(position, (back, 0), value=-1).unfold(0, back + block, block)[:, None]  # (num_blocks, 1, keys)
     mask = (key >= first_key) & (key <= position.view(num_blocks, block, 1))
@@ -1559,10 +1564,7 @@ class GPT(nn.Module):
         """
         c, T, keys = self.config, tokens.size(0), []
         position = torch.arange(T, device=tokens.device)
-        if cache is None:
-            position = position - cu_seqlens[torch.searchsorted(cu_seqlens, position, right=True) - 1]
-        else:
-            position = position + cache.length
+        start = document_starts(position, cu_seqlens) if cache is None else -cache.length
         key = before = tokens
         for n in range(1, max(c.second_embed) + 1):
             if n in c.second_embed:
@@ -1570,7 +1572,7 @@ class GPT(nn.Module):
             # The polynomial hash of Karp and Rabin; 48271 generates the integers modulo the prime 2^31 - 1.
             before = before[:-1] if cache is None else cache.shifted(f"token {n}", before)
             before = F.pad(before, (T - len(before), 0))
-            key = (48271 * key + torch.where(position >= n, before + 1, 0)) % (2**31 - 1)
+            key = (48271 * key + torch.where(position - start >= n, before + 1, 0)) % (2**31 - 1)
         return F.embedding(torch.stack(keys), self.embed2).sum(0)
 
     def attend(

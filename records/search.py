@@ -25,14 +25,14 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
-from ablate import REPO, launch
+from ablate import REPO, launch, per_stage
 from runlogs import parse_log
 
 THIRD = 3  # of the candidates goes on to the next round, with three times as many seeds
 DATA = REPO / "data" / "nano_tuning"
 # Enough bytes to tell 0.01 nats apart, and 4 times as fast as all.
 COMMON = ("--data-dir", str(DATA), "--data.val-tokens", "131072", "--sample-tokens", "0", "--val-every", "0")
-STAGES = ("stages.0", "stages.1", "stages.2")
+STAGES = 3  # of the track
 
 
 def option(name: str, *values: object) -> list[tuple[str, ...]]:
@@ -42,8 +42,7 @@ def option(name: str, *values: object) -> list[tuple[str, ...]]:
 
 def of_stages(name: str, *rows: tuple[object, ...]) -> list[tuple[str, ...]]:
     """An alternative for each row, which has a value per stage."""
-    flags = [f"--schedule.{stage}.{name}" for stage in STAGES]
-    return [tuple(w for f, v in zip(flags, row, strict=True) for w in (f, *str(v).split())) for row in rows]
+    return [per_stage(name, *map(str, row)) for row in rows]
 
 
 def rule(names: str, name: str, *values: object) -> list[tuple[str, ...]]:
@@ -140,7 +139,7 @@ def relative_cost(words: tuple[str, ...], extra: tuple[str, ...], pairs: int = 3
     for more in ((), words):
         track, options = train_gpt.parse_command(["nano", *COMMON, *extra, *more], quiet=True)
         trainers.append(train_gpt.Trainer(track, train_gpt.Runtime.create(options), DATA, 0))
-    for stage in range(len(STAGES)):
+    for stage in range(STAGES):
         for trainer in trainers:
             trainer.loader.position = train_gpt.LoaderPosition()
         taken = ([], [])
