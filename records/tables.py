@@ -25,6 +25,7 @@ RECORDS = Path(__file__).resolve().parent
 FILES = (RECORDS.parent / "README.md", RECORDS / "README.md")
 TABLE = re.compile(r"(<!-- table: (?P<name>[\w ]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 FOLDER = re.compile(r"\d{4}-\d{2}-\d{2}_\w+")
+AGAINST = re.compile(r"--against records/\w+/([\w-]+)")
 HARDWARE = re.compile(r"^(?:CPU: (?P<cpu>.+?, \d+ threads)|.*?(?P<gpu>NVIDIA [\w -]*?\d\w+))", re.MULTILINE)
 
 
@@ -34,16 +35,19 @@ def markdown(head: tuple[str, ...], rows: list[tuple]) -> str:
 
 
 def leaderboard(folder: Path = RECORDS) -> str:
-    """A row per record folder, by track and date; the times of a row compare with the row above it."""
+    """A row per record folder, by track, date and first log. Its README says which one it was timed `--against`."""
     rows = []
     for track in sorted(path for path in folder.iterdir() if path.is_dir()):
-        before = None
-        for record in sorted(path for path in track.iterdir() if FOLDER.fullmatch(path.name)):
-            logs = [parse_log(path) for path in sorted(record.glob("*.txt"))]
-            seconds = [log.final.seconds for log in logs]
-            speedup = "" if before is None else f"{before / statistics.mean(seconds):.2f} ×"
-            rows.append((track.name, record.name.partition("_")[0], title_of(record), *row_of(logs), speedup))
-            before = statistics.mean(seconds)
+        records = {
+            record.name: [parse_log(path) for path in sorted(record.glob("*.txt"))]
+            for record in track.iterdir()
+            if FOLDER.fullmatch(record.name)
+        }
+        seconds = {name: statistics.mean(log.final.seconds for log in logs) for name, logs in records.items()}
+        for name, logs in sorted(records.items(), key=lambda item: (item[0][:10], item[1][0].path.name)):
+            against = AGAINST.search((track / name / "README.md").read_text(encoding="utf-8"))
+            speedup = f"{seconds[against[1]] / seconds[name]:.2f} ×" if against else ""
+            rows.append((track.name, name.partition("_")[0], title_of(track / name), *row_of(logs), speedup))
     head = ("track", "date", "record", "n", "loss, mean ± std", "p", "seconds, mean (median)", "hardware", "faster by")
     return markdown(head, rows)
 

@@ -13,9 +13,9 @@ import tables
 LINE = "=" * 100
 
 
-def write_record(folder: Path, title: str, losses: list[float], seconds: list[float]) -> None:
+def write_record(folder: Path, text: str, losses: list[float], seconds: list[float]) -> None:
     folder.mkdir(parents=True)
-    (folder / "README.md").write_text(f"# {title}\n\nText.\n")
+    (folder / "README.md").write_text(text)
     for i, (loss, time) in enumerate(zip(losses, seconds, strict=True)):
         log = ["source", LINE, "CPU: Some CPU @ 2 GHz, 2 threads, AVX2", "name: nano", "target_loss: 1.22", LINE]
         log.append(f"step:10/10 val_loss:{loss:.4f} train_time:{1000 * time:.0f}ms step_avg:{100 * time:.2f}ms")
@@ -50,15 +50,19 @@ def test_a_table_that_is_not_current_is_named(tmp_path, monkeypatch, capsys):
 
 
 def test_the_leaderboard_is_made_of_logs(tmp_path):
-    """Against scipy and plain means, from records that are made up."""
+    """Against scipy and plain means, from records that are made up. Only what was timed together is compared."""
     first, second = [1.20, 1.21, 1.19], [1.10, 1.12, 1.11]
-    write_record(tmp_path / "nano" / "2026-01-02_baseline", "The baseline", first, [300.0, 320.0, 280.0])
-    write_record(tmp_path / "nano" / "2026-02-03_muon", "Muon", second, [100.0, 90.0, 110.0])
+    against = "python records/check.py records/nano/2026-02-03_muon --against records/nano/2026-01-02_baseline"
+    write_record(tmp_path / "nano" / "2026-01-02_baseline", "# The baseline\n\nText.", first, [300.0, 320.0, 280.0])
+    write_record(tmp_path / "nano" / "2026-01-03_aside", "# On another machine", first, [30.0, 32.0, 28.0])
+    write_record(tmp_path / "nano" / "2026-02-03_muon", f"# Muon\n\n{against}\n", second, [100.0, 90.0, 110.0])
     (tmp_path / "nano" / "ablation").mkdir()  # no record
-    *_, a, b = tables.leaderboard(tmp_path).splitlines()
+    *_, a, b, c = tables.leaderboard(tmp_path).splitlines()
     p, q = (stats.ttest_1samp(losses, 1.22, alternative="less").pvalue for losses in (first, second))
     cpu = "Some CPU @ 2 GHz, 2 threads"
     link = "[The baseline](nano/2026-01-02_baseline)"
     assert a == f"| nano | 2026-01-02 | {link} | 3 | 1.2000 ± 0.0100 | {p:.2g} | 300.0 (300.0) | {cpu} |  |"
+    link = "[On another machine](nano/2026-01-03_aside)"
+    assert b == f"| nano | 2026-01-03 | {link} | 3 | 1.2000 ± 0.0100 | {p:.2g} | 30.0 (30.0) | {cpu} |  |"
     link = "[Muon](nano/2026-02-03_muon)"
-    assert b == f"| nano | 2026-02-03 | {link} | 3 | 1.1100 ± 0.0100 | {q:.2g} | 100.0 (100.0) | {cpu} | 3.00 × |"
+    assert c == f"| nano | 2026-02-03 | {link} | 3 | 1.1100 ± 0.0100 | {q:.2g} | 100.0 (100.0) | {cpu} | 3.00 × |"
