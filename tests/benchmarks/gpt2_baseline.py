@@ -181,6 +181,7 @@ def train(recipe: Recipe) -> float:
     settings = {
         "name": track.name,
         "target_loss": track.target_loss,
+        "coordinate_descent_tuning": track.coordinate_descent_tuning,  # records/check.py wants it off
         **train_gpt.flatten(track.data, "data"),
         "schedule.scheduled_steps": recipe.steps,
         "schedule.extension_steps": 0,
