@@ -1,12 +1,13 @@
 """Helpers shared by the tests: shard files, a tiny track, processes as a user starts them."""
 
+import functools
+import inspect
 import os
 import random
 import signal
 import subprocess
 import sys
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # two processes of tests, each with a core of its own; read by `import torch`
@@ -22,6 +23,9 @@ if str(REPO) not in sys.path:  # for scripts in tests/; pytest itself has it fro
 
 if not torch.cuda.is_available():  # read when kernels are defined: they run on the CPU, statement by statement
     os.environ["TRITON_INTERPRET"] = "1"
+
+# tyro reads and parses the source of all classes for every command line: a second that only the first has to take.
+inspect.getsource = functools.cache(inspect.getsource)
 
 # A shell that runs the tests in the background has them ignore Ctrl-C, which the processes they start would inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -127,7 +131,7 @@ def tiny_options() -> list[str]:
     return words
 
 
-@cache
+@functools.cache
 def parsed_tiny_options() -> Track:
     return train_gpt.parse_command(["nano", *tiny_options()])[0]
 

@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -38,8 +37,17 @@ TIMES = re.compile(r"train_time:\S+ step_avg:\S+|peak memory.*")
 
 
 def words(data_dir: Path, out: Path, *more: object) -> list[str]:
-    """A run of the tiny track that saves every second step and goes on where it stopped."""
-    options = ["--data-dir", data_dir, "--log-dir", out / "logs", "--checkpoint-dir", out / "checkpoints"]
+    """A run of the tiny track, in two rows per step, that saves every second step and goes on where it stopped."""
+    options = [
+        "--data.rows-per-step",
+        2,
+        "--data-dir",
+        data_dir,
+        "--log-dir",
+        out / "logs",
+        "--checkpoint-dir",
+        out / "checkpoints",
+    ]
     options += ["--device", "cpu", "--dtype", "float32", "--sample-tokens", "0", "--val-every", "8"]
     options += ["--save-every", "2", "--save-final", "--resume", "auto"]
     return [*tiny_options(), *map(str, options), *map(str, more)]
@@ -321,11 +329,12 @@ def test_killed_runs_end_as_the_undisturbed_one(tiny_data, undisturbed, tmp_path
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), pytest.param(4, 8, marks=pytest.mark.slow)])
 def test_a_run_goes_on_with_another_number_of_ranks(tiny_data, tmp_path, before, after):
     """To rounding, in float64. Catches: pieces joined in the wrong order or cut anew wrongly, lost padding of banks."""
+    rows = "--data.rows-per-step", max(before, after)
 
     def command(world_size: int, out: Path, *extra: object) -> None:
         if world_size == 1:
-            return run(tiny_data, out, *extra, dtype=torch.float64)
-        arguments = words(tiny_data, out, "--dtype", "float64", *extra)
+            return run(tiny_data, out, *rows, *extra, dtype=torch.float64)
+        arguments = words(tiny_data, out, "--dtype", "float64", *rows, *extra)
         done = torchrun(world_size, REPO / "train_gpt.py", "nano", *arguments)
         assert done.returncode == 0, done.stderr[-3000:]
 
@@ -438,7 +447,7 @@ def test_options_that_cannot_work_are_refused(tiny_data, tmp_path, options, said
 
 def test_saving_changes_nothing(tiny_data, undisturbed, tmp_path):
     """The weights of a run that never saves, which stands for one by an older version, are the same."""
-    track = replace(tiny_track(), schedule=replace(tiny_track().schedule, val_every=8))
+    track = tiny_track(val_every=8, rows_per_step=2)
     trainers = []
     real = train_gpt.finish
     with pytest.MonkeyPatch.context() as patch:

@@ -4,9 +4,9 @@ import argparse
 
 import pytest
 from conftest import tiny_options
-from test_records_ablate import changed_by
 
 import search
+import train_gpt
 from search import SPACE, TRACK, Trial, draw, ranked, read_trials, table
 
 
@@ -17,7 +17,9 @@ def test_every_alternative_is_another_track(index):
     The alternatives of this index are tried all at once, because parsing takes long; no two names share an option.
     """
     tried = {name: words[index] for name, words in SPACE.items() if index < len(words)}
-    changed = changed_by(*(word for words in tried.values() for word in words))
+    track, _ = train_gpt.parse_command(["nano", *(word for words in tried.values() for word in words)])
+    before = train_gpt.flatten(train_gpt.NANO)
+    changed = [key for key, value in train_gpt.flatten(track).items() if value != before.get(key)]
     for name, words in tried.items():
         options = [word[2:].replace("-", "_").replace(".no_", ".") for word in words if word.startswith("--")]
         assert any(key.startswith(option) for key in changed for option in options), (name, words)
@@ -83,7 +85,7 @@ def test_a_real_round(tmp_path, tiny_data, monkeypatch):
     monkeypatch.setattr(search, "DATA", tiny_data)
     monkeypatch.setattr(search, "COMMON", ("--data-dir", str(tiny_data), "--sample-tokens", "0", "--device", "cpu"))
     monkeypatch.setattr(search, "SPACE", {"gates": [("--model.no-attention-gates",)], "smear": [("--model.no-smear",)]})
-    extra = [*tiny_options(), "--dtype", "float32"]
+    extra = [*tiny_options(), "--data.rows-per-step", "1", "--dtype", "float32"]
     search.search(options_of(tmp_path, candidates=1, steps=18, extra=extra), tmp_path / "search.csv")
     trials = read_trials(tmp_path / "search.csv")
     assert len(trials) == 2 and {t.seed for t in trials} == {0}
