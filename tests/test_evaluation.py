@@ -234,6 +234,7 @@ def test_options_change_the_scaled_track(words):
 def test_parameter_counts():
     """As README states them: all, in matrices, in embeddings and head."""
     expected = {
+        "nano": (4_595_831, 262_144, 4_333_568),
         "small": (268_665_983, 75_497_472, 193_167_360),
         "medium": (613_420_437, 201_326_592, 412_090_368),
         "xl": (1_849_106_539, 1_462_763_520, 386_334_720),
@@ -244,5 +245,5 @@ def test_parameter_counts():
         size = lambda *names, params=params: sum(p.numel() for n, p in params.items() if not names or n in names)
         found = size(), size("attn_bank", "mlp_bank"), size("embed", "head", "value_embeds", "embed2")
         assert found == counts, name
-        for count in counts:
-            assert f"{count / 1e6:.0f}M" in readme, f"{name}: {count / 1e6:.0f}M"
+        told = ", ".join(f"{count / 1e6:.{2 if name == 'nano' else 0}f}M" for count in counts)
+        assert f"| {told} |" in readme, f"{name}: {told}"
