@@ -38,16 +38,8 @@ TIMES = re.compile(r"train_time:\S+ step_avg:\S+|peak memory.*")
 
 def words(data_dir: Path, out: Path, *more: object) -> list[str]:
     """A run of the tiny track, in two rows per step, that saves every second step and goes on where it stopped."""
-    options = [
-        "--data.rows-per-step",
-        2,
-        "--data-dir",
-        data_dir,
-        "--log-dir",
-        out / "logs",
-        "--checkpoint-dir",
-        out / "checkpoints",
-    ]
+    options = ["--data-dir", data_dir, "--log-dir", out / "logs", "--checkpoint-dir", out / "checkpoints"]
+    options += ["--data.rows-per-step", "2"]
     options += ["--device", "cpu", "--dtype", "float32", "--sample-tokens", "0", "--val-every", "8"]
     options += ["--save-every", "2", "--save-final", "--resume", "auto"]
     return [*tiny_options(), *map(str, options), *map(str, more)]
