@@ -502,7 +502,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_its_log(command, tiny_
         ("--model.head-dim 6", ("head_dim 6", "multiple of 4")),
         ("--model.num-heads 3", ("num_heads 3", "even")),
         ("--model.skips 3 1", ("later layer",)),
-        ("--model.second-embed 2 0", ("second_embed", "positive")),
+        ("--model.second-embed 2 0", (r"second_embed \(2, 0\)", "positive")),
         ("--model.gate-dim 17", ("gate_dim 17", "width 16")),
     ],
 )
