@@ -28,7 +28,7 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from shards import ShardError, exclusive, new_file, publish, read_shard_header, require_space, sha256_of
+from shards import ShardError, exclusive, fingerprint, new_file, publish, read_shard_header, require_space, sha256_of
 
 IN_FLIGHT = 4  # files
 TRIES = 6  # in a row without a new byte
@@ -79,11 +79,6 @@ def say(message: str) -> None:
 
 
 # ---- what is in the folder ----
-
-
-def fingerprint(path: Path) -> dict[str, int]:
-    status = path.stat()
-    return {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
 
 
 def part_of(path: Path) -> Path:
