@@ -302,6 +302,8 @@ class DataConfig:
     """The first so many tokens of the validation shards are predicted, all of them."""
     val_row_tokens: int
     """Tokens per row of the validation stream."""
+    epochs: int = 1
+    """How many times the training shards are read, one after the other; records read them once."""
 
 
 @dataclass(frozen=True)
@@ -330,8 +332,8 @@ class Track:
     """One competition: model, data, schedule, optimizer and target."""
 
     name: tyro.conf.Suppress[str]
-    target_loss: float
-    """Validation loss to reach, in nats per token."""
+    target_loss: float | None
+    """Validation loss to reach, in nats per token; None: none, as on other data than the track's own."""
     model: ModelConfig
     data: DataConfig
     schedule: Schedule
@@ -1703,6 +1705,46 @@ def check_tokens(path: Path, tokens: np.ndarray, begin: int, vocab_size: int) ->
         )
 
 
+def sidecars(data_dir: Path) -> Iterator[dict]:
+    """What the scripts that wrote the shards of a folder have recorded beside them, as JSON."""
+    for path in sorted(data_dir.glob("*.json")):
+        with contextlib.suppress(OSError, ValueError):
+            if isinstance(found := json.loads(path.read_text(encoding="utf-8")), dict):
+                yield found
+
+
+def shard_identity(path: Path) -> str:
+    """`N tokens sha256 HEX`, by which log and checkpoint know a shard.
+
+    The SHA-256 is the one on record where the file has not changed since (size and time of change), else computed.
+    """
+    status = path.stat()
+    for sidecar in sidecars(path.parent):
+        with contextlib.suppress(KeyError, TypeError):
+            entry = sidecar["shards"][path.name]
+            if (entry["size"], entry["mtime_ns"]) == (status.st_size, status.st_mtime_ns):
+                return f"{read_shard_header(path)} tokens sha256 {entry['sha256']}"
+    return f"{read_shard_header(path)} tokens sha256 {digest(path)}"
+
+
+class Identities:
+    """Identities of the shards that a run has opened, by name; found in the background."""
+
+    def __init__(self):
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="sha256")
+        self._found: dict[str, Future] = {}
+        self.before: dict[str, str] = {}  # of shards that the run had opened before it was resumed
+
+    def opened(self, path: Path) -> None:
+        if path.name not in self._found:
+            self._found[path.name] = self._worker.submit(shard_identity, path)
+
+    def all(self) -> dict[str, str]:
+        """Waits for those that are not known yet."""
+        found = {name: future.result() for name, future in self._found.items()}
+        return dict(sorted((self.before | found).items()))
+
+
 class Shard:
     """One shard file, read, checked and indexed by a background thread, chunk by chunk.
 
@@ -1789,9 +1831,9 @@ class Loader:
     The rows of a step are the same for every number of ranks; rank r of W takes the r-th of W equal runs of them.
     """
 
-    def __init__(self, track: Track, data_dir: Path, runtime: Runtime):
-        self.track, self.runtime = track, runtime
-        self.paths = find_shards(data_dir, "train", track.data)
+    def __init__(self, track: Track, data_dir: Path, runtime: Runtime, identities: Identities | None = None):
+        self.track, self.runtime, self.identities = track, runtime, identities or Identities()
+        self.paths = find_shards(data_dir, "train", track.data) * track.data.epochs
         self.position = LoaderPosition()
         self._shards: dict[int, Shard] = {}
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="loader")
@@ -1814,18 +1856,30 @@ class Loader:
     def _shard(self, index: int) -> Shard:
         """The shard and, already under way, the one after it; all others are let go."""
         if index >= len(self.paths):
-            raise SpeedrunError(
-                f"the {len(self.paths)} training shards in {self.paths[0].parent} have run out. No data is ever "
-                f"repeated: fetch more shards (`{self.track.data.fetch}`) or train fewer steps."
+            raise OutOfData(
+                f"the training shards in {self.paths[0].parent} have run out. No data is repeated unless asked for "
+                f"(--data.epochs): {more_data(self.paths[0].parent, self.track.data)}, or train fewer steps."
             )
         for i in range(index, min(index + 2, len(self.paths))):
             if i not in self._shards:
                 self._shards[i] = Shard(self.paths[i], self.track.model.vocab_size, self.track.data.bos)
+                self.identities.opened(self.paths[i])
         self._shards = {i: shard for i, shard in self._shards.items() if i in (index, index + 1)}
         return self._shards[index]
 
     def _make(self, step: int, position: LoaderPosition) -> tuple[list[Row], LoaderPosition]:
         """The rank's rows of a step that begins at `position`, on the device, and the position after it."""
+        shard, rows, after = self.take_step(step, position)
+        stage, mine = self.track.at(step).stage, len(rows) // self.runtime.world_size
+        rows = rows[self.runtime.rank * mine : (self.runtime.rank + 1) * mine]
+        n = stage.tokens // self.track.data.rows_per_step
+        return [self._row(shard, pieces, n, stage.max_doc_len).to(self.runtime) for pieces in rows], after
+
+    def take_step(self, step: int, position: LoaderPosition) -> tuple[Shard, list[list[slice]], LoaderPosition]:
+        """All rows of a step that begins at `position`, each in pieces of one shard, and the position after it.
+
+        Raises OutOfData where the shards cannot fill them.
+        """
         stage, rows_per_step = self.track.at(step).stage, self.track.data.rows_per_step
         n = stage.tokens // rows_per_step
         shard_index, document = position.shard, position.document
@@ -1836,12 +1890,8 @@ class Loader:
                 pieces, after = taken
                 rows.append(pieces)
             if len(rows) == rows_per_step:
-                break
+                return shard, rows, LoaderPosition(shard_index, after)
             shard_index, document = shard_index + 1, 0  # the remainder of this shard cannot fill the step: drop it
-        mine = rows_per_step // self.runtime.world_size
-        rows = rows[self.runtime.rank * mine : (self.runtime.rank + 1) * mine]
-        made = [self._row(shard, pieces, n, stage.max_doc_len).to(self.runtime) for pieces in rows]
-        return made, LoaderPosition(shard_index, after)
 
     def _row(self, shard: Shard, pieces: list[slice], n: int, max_doc_len: int) -> Row:
         starts = np.cumsum([0, *(piece.stop - piece.start for piece in pieces[:-1])])
@@ -1849,14 +1899,81 @@ class Loader:
         return make_row(tokens, starts, min(max_doc_len, n), pin=self.runtime.device.type == "cuda")
 
 
+class OutOfData(SpeedrunError):
+    """The training shards cannot fill another step."""
+
+
+def default_data_dir(data: DataConfig) -> Path:
+    return Path(__file__).resolve().parent / "data" / data.dataset
+
+
+def foreign_data(data_dir: Path, data: DataConfig) -> bool:
+    """Whether the shards are, by what is recorded beside them, of other data than the track's."""
+    return any(sidecar.get("dataset") != data.dataset for sidecar in sidecars(data_dir))
+
+
+def more_data(data_dir: Path, data: DataConfig) -> str:
+    """How to get more shards into a folder."""
+    if foreign_data(data_dir, data):
+        return "write more of your text into it (`python data/fineweb.py --help`)"
+    into = "" if data_dir.resolve() == default_data_dir(data) else f" --out {data_dir}"
+    return f"fetch more of it (`{data.fetch}{into}`)"
+
+
 def find_shards(data_dir: Path, split: Literal["train", "val"], data: DataConfig) -> list[Path]:
     """The shards `*_train_*.bin` or `*_val_*.bin` of a folder, in order. Raises SpeedrunError where there is none."""
     paths = sorted(data_dir.glob(f"*_{split}_*.bin"))
     if not paths:
-        raise SpeedrunError(
-            f"no shard *_{split}_*.bin in {data_dir}. Make them with `{data.fetch}`, or see --data-dir."
-        )
+        raise SpeedrunError(f"no shard *_{split}_*.bin in {data_dir}: {more_data(data_dir, data)}, or see --data-dir.")
     return paths
+
+
+def adapted(track: Track, data_dir: Path) -> Track:
+    """The track for other data than its own: it validates on what there is, where that is less than its val_tokens.
+
+    Raises SpeedrunError where the tokens are not those of the track.
+    """
+    have = sum(read_shard_header(path) for path in find_shards(data_dir, "val", track.data))
+    for sidecar in sidecars(data_dir):
+        vocabulary = sidecar.get("bos", track.data.bos), sidecar.get("vocab_size", track.model.vocab_size)
+        if vocabulary != (track.data.bos, track.model.vocab_size):
+            bos, vocab_size = vocabulary
+            raise SpeedrunError(
+                f"{data_dir} has {vocab_size} tokens, {bos} starts a document; the track has "
+                f"{track.model.vocab_size} and {track.data.bos}. Add --model.vocab-size {vocab_size} --data.bos {bos}."
+            )
+    return replace(track, data=replace(track.data, val_tokens=max(min(track.data.val_tokens, have - 1), 1)))
+
+
+def require_tokens(track: Track, data_dir: Path, stop: int) -> None:
+    """Raise SpeedrunError where the training shards have, by their headers, too few tokens for `stop` steps."""
+    need = sum(track.at(step).stage.tokens + track.data.rows_per_step for step in range(stop))
+    paths = find_shards(data_dir, "train", track.data)
+    have = sum(read_shard_header(path) for path in paths)
+    if have * track.data.epochs < need:
+        raise SpeedrunError(
+            f"too few tokens: the {len(paths)} train shards in {data_dir} hold {have:,}, but {stop} steps take "
+            f"at least {need:,}: {more_data(data_dir, track.data)}, or train fewer steps."
+        )
+
+
+def require_rows(track: Track, data_dir: Path, runtime: Runtime, stop: int) -> None:
+    """Raise SpeedrunError where the training shards cannot fill the rows of `stop` steps. Reads them all once."""
+    epochs, most = track.data.epochs, 1000
+    loader = Loader(replace(track, data=replace(track.data, epochs=most)), data_dir, runtime)
+    position, filled, shards = LoaderPosition(), 0, len(loader.paths) // most
+    with contextlib.suppress(OutOfData):
+        for step in range(stop):
+            *_, position = loader.take_step(step, position)
+            filled += position.shard < epochs * shards
+    if filled < stop:
+        repeat = f", repeat it with --data.epochs {position.shard // shards + 1}" if filled else ""
+        tokens = sum(read_shard_header(path) for path in loader.paths[:shards])
+        raise SpeedrunError(
+            f"the training shards in {data_dir} hold {tokens:,} tokens, which fill {filled} of {stop} steps (a "
+            f"document gives a row at most {track.at(0).stage.max_doc_len:,} tokens, the rest of it is skipped): "
+            f"{more_data(data_dir, track.data)}{repeat}, or train fewer steps."
+        )
 
 
 def make_row(tokens: np.ndarray, starts: np.ndarray, max_seqlen: int, pin: bool) -> Row:
@@ -1872,19 +1989,20 @@ def make_row(tokens: np.ndarray, starts: np.ndarray, max_seqlen: int, pin: bool)
     return Row(packed[:-1], packed[1:], starts, max_seqlen)
 
 
-def validation_tokens(track: Track, data_dir: Path) -> np.ndarray:
+def validation_tokens(track: Track, data_dir: Path, identities: Identities) -> np.ndarray:
     """The validation stream and the token after it, uint16. Raises SpeedrunError if a shard is missing or damaged."""
     parts, have, need = [], 0, track.data.val_tokens + 1
     for path in find_shards(data_dir, "val", track.data):
         count = min(read_shard_header(path), need - have)
         if count:
+            identities.opened(path)
             parts.append(np.fromfile(path, "<u2", count, offset=4 * HEADER_INTS))
             check_tokens(path, parts[-1], 0, track.model.vocab_size)
             have += count
     if have < need:
         raise SpeedrunError(
-            f"too few tokens: the val shards in {data_dir} hold {have:,}, but validation reads {need:,}. Fetch them "
-            f"again: `{track.data.fetch}`."
+            f"too few tokens: the val shards in {data_dir} hold {have:,}, but validation reads {need:,}: "
+            f"{more_data(data_dir, track.data)}."
         )
     return np.concatenate(parts)
 
@@ -1917,6 +2035,7 @@ class Progress:
     step: int  # steps done
     seconds: float  # on the clock
     loader: LoaderPosition
+    data: dict[str, str]  # identities of the shards opened so far, by name
     log_bytes: int  # length of the log and of its metrics so far: what comes later is written again
     metrics_bytes: int
     source: str  # SHA-256 of train_gpt.py
@@ -2007,7 +2126,7 @@ class Checkpoint:
         except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{path}: not a checkpoint of train_gpt.py ({error!r})") from error
 
-    def changes(self, track: Track, options: Options, runtime: Runtime) -> list[str]:
+    def changes(self, track: Track, options: Options, runtime: Runtime, data_dir: Path) -> list[str]:
         """What is another than when the checkpoint was written."""
         before, now = self.progress.settings, identity(track, options, runtime)
         changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
@@ -2016,6 +2135,11 @@ class Checkpoint:
             found.append(f"and {len(changed) - 5} more")
         if self.progress.source != digest(Path(__file__)):
             found.append("train_gpt.py has changed")
+        for name, before in self.progress.data.items():
+            path = data_dir / name
+            now = shard_identity(path) if path.exists() else "missing"
+            if now != before:
+                found.append(f"the data has changed: {path} was {before}, is {now}")
         return found
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -2056,6 +2180,7 @@ class Saver:
             step=step,
             seconds=seconds,
             loader=trainer.loader.position,
+            data=trainer.identities.all(),
             log_bytes=self.log.file.size if self.log.file else 0,
             metrics_bytes=self.log.metrics.size if self.log.file else 0,
             source=self.source,
@@ -2099,7 +2224,7 @@ def checkpoint_folders(run: Path) -> list[Path]:
     return sorted(folder for folder in run.glob("step_*") if folder.is_dir())
 
 
-def find_checkpoint(track: Track, options: Options, runtime: Runtime) -> Checkpoint | None:
+def find_checkpoint(track: Track, options: Options, runtime: Runtime, data_dir: Path) -> Checkpoint | None:
     """What --resume names: a step's folder, or the newest good one of a run's folder or (auto) of the newest run.
 
     Those that are damaged are named and passed over. None: there is nothing to resume, with `auto` only. Raises
@@ -2124,7 +2249,7 @@ def find_checkpoint(track: Track, options: Options, runtime: Runtime) -> Checkpo
             if runtime.rank == 0:
                 tqdm.write(f"passed over: {error}", file=sys.stderr)
             continue
-        changes = found.changes(track, options, runtime)
+        changes = found.changes(track, options, runtime, data_dir)
         if changes and not options.force:
             raise SpeedrunError(
                 f"{folder} is of another run: {'; '.join(changes)}. Resume it as it was, or add --force: the log will "
@@ -2651,8 +2776,9 @@ class Trainer:
         self.model = GPT(track.model, runtime, seed)
         self.params = dict(self.model.named_parameters())
         self.optimizer = Optimizer(self.params, track.optimizer, runtime)
-        self.loader = Loader(track, data_dir, runtime)
-        self.validation_tokens = validation_tokens(track, data_dir)
+        self.identities = Identities()
+        self.loader = Loader(track, data_dir, runtime, self.identities)
+        self.validation_tokens = validation_tokens(track, data_dir, self.identities)
 
     def train_step(self, step: int) -> Tensor:
         """One step. Returns this rank's part of the mean next-token loss, 0-dim on the device."""
@@ -2771,6 +2897,7 @@ class Trainer:
         if targets:
             raise CheckpointError(f"{checkpoint.folder}: {next(iter(targets))} is missing.")
         self.loader.position = checkpoint.progress.loader
+        self.identities.before = checkpoint.progress.data
 
     def warm_up(self, stop: int, start: int = 0) -> None:
         """Compile and run every shape of the steps from `start` to `stop` once, then restore everything."""
@@ -2789,12 +2916,20 @@ class Trainer:
 
 def train(track: Track, options: Options, runtime: Runtime) -> float:
     """A whole run, or the rest of one. Returns the final validation loss."""
-    data_dir = options.data_dir or Path(__file__).resolve().parent / "data" / track.data.dataset
+    data_dir = options.data_dir or default_data_dir(track.data)
     total_steps = track.schedule.total_steps
     stop = total_steps if options.max_steps is None else min(options.max_steps, total_steps)
     check(track, options, data_dir, runtime, stop)
+    foreign = foreign_data(data_dir, track.data)
+    if foreign:
+        track = adapted(track, data_dir)
+        require_rows(track, data_dir, runtime, stop)
+    else:
+        require_tokens(track, data_dir, stop)
+    if foreign or track.data.epochs > 1:
+        track = replace(track, target_loss=None)
     questions = read_hellaswag(options.eval, track) if options.eval else None  # before hours of training
-    resumed = find_checkpoint(track, options, runtime)
+    resumed = find_checkpoint(track, options, runtime, data_dir)
     start = resumed.progress.step if resumed else 0
     if resumed and start >= stop:
         raise SpeedrunError(f"{resumed.folder} is of step {start}, and the run ends at {stop}: nothing is left to do.")
@@ -2821,8 +2956,11 @@ def train(track: Track, options: Options, runtime: Runtime) -> float:
         f"{track.name}: {sum(p.numel() for p in trainer.params.values()):,} parameters on {runtime.world_size} x "
         f"{runtime.device.type}, {runtime.dtype}, attention {runtime.attention}. log: {log.path}"
     )
+    if track.target_loss is None:
+        repeated = f", read {track.data.epochs} times" if track.data.epochs > 1 else ""
+        say(f"data: {data_dir}{repeated}: its loss, over {track.data.val_tokens:,} tokens, compares with no record")
     if resumed:
-        changes = "; ".join(resumed.changes(track, options, runtime))
+        changes = "; ".join(resumed.changes(track, options, runtime, data_dir))
         log.write(f"resumed at step {start} from {resumed.folder}" + (f" with --force: {changes}" if changes else ""))
         say(f"resumed at step {start} from {resumed.folder}")
     if options.warmup:
@@ -2951,7 +3089,7 @@ def out_of_memory(error: torch.OutOfMemoryError, track: Track, runtime: Runtime)
 
 
 def check(track: Track, options: Options, data_dir: Path, runtime: Runtime, stop: int) -> None:
-    """Refuse at once what cannot work: raises SpeedrunError for numbers that do not fit, missing or too little data."""
+    """Refuse at once what cannot work: raises SpeedrunError for numbers that do not fit."""
     data, schedule = track.data, track.schedule
     stages = (*schedule.stages, schedule.extension)
     for name, value, least in (
@@ -2962,6 +3100,7 @@ def check(track: Track, options: Options, data_dir: Path, runtime: Runtime, stop
         ("data.rows-per-step", data.rows_per_step, 1),
         ("data.val-tokens", data.val_tokens, 1),
         ("data.val-row-tokens", data.val_row_tokens, 1),
+        ("data.epochs", data.epochs, 1),
         ("windows", min(window for stage in stages for window in stage.windows), 0),
         ("prediction-weights", min(len(stage.prediction_weights) for stage in stages), 1),
         ("save-every", options.save_every, 0),
@@ -2981,14 +3120,6 @@ def check(track: Track, options: Options, data_dir: Path, runtime: Runtime, stop
     for stage in stages:
         if stage.tokens < 1 or stage.tokens % data.rows_per_step:
             raise SpeedrunError(f"a step of {stage.tokens} tokens cannot be cut into {data.rows_per_step} equal rows.")
-    need = sum(track.at(step).stage.tokens + data.rows_per_step for step in range(stop))
-    paths = find_shards(data_dir, "train", data)
-    have = sum(read_shard_header(path) for path in paths)
-    if have < need:
-        raise SpeedrunError(
-            f"too few tokens: the {len(paths)} train shards in {data_dir} hold {have:,}, but {stop} steps take "
-            f"at least {need:,}. Fetch more (`{data.fetch}`), or train fewer steps."
-        )
 
 
 def finish(trainer: Trainer, log: RunLog, options: Options, seconds: float, val_loss: float, stop: int, say) -> None:
@@ -3003,9 +3134,14 @@ def finish(trainer: Trainer, log: RunLog, options: Options, seconds: float, val_
     else:
         allocated = reserved = peak_rss()
     mib = 1024 * 1024
+    for name, shard in trainer.identities.all().items():
+        log.write(f"data: {name} {shard}")
     log.write(f"peak memory allocated: {allocated // mib} MiB reserved: {reserved // mib} MiB")
-    verdict = "reached" if val_loss <= track.target_loss else "missed"
-    say(f"{verdict} {track.target_loss} in {seconds:.1f} s: validation loss {val_loss:.4f}")
+    if track.target_loss is None:
+        verdict = f"trained in {seconds:.1f} s, on other data or repeated, so that no target applies"
+    else:
+        verdict = f"{'reached' if val_loss <= track.target_loss else 'missed'} {track.target_loss} in {seconds:.1f} s"
+    say(f"{verdict}: validation loss {val_loss:.4f}")
     say(f"{note}\nlog: {log.path}" if note else f"log: {log.path}")
     if runtime.rank == 0 and options.export:
         export(options.export, trainer.model, track, stop)

@@ -4,10 +4,11 @@
     python data/nano.py --tuning           # data/nano_tuning/: to choose numbers without the data they are judged on
 
 No network, no account: torch itself needs both packages, and their wheels hold the same bytes on every platform,
-whatever the torch. A twentieth of the files, drawn by the hash of their paths, is for validation. A file that holds half
-of the lines of one of those is left out of training. Files are cut at line ends into pieces of at most 8,192 bytes; each
-piece is a document: the BOS token 256, then its bytes. Pieces stand in the order of a hash, so that any prefix of a
-shard is a fair sample. With --tuning the validation files are left out, and another twentieth takes their place.
+whatever the torch. A twentieth of the files, drawn by the hash of their paths, is for validation. A file that holds
+half of the lines of one of those is left out of training. Files are cut at line ends into pieces of at most 8,192
+bytes; each piece is a document: the BOS token 256, then its bytes. Pieces stand in the order of a hash, so that any
+prefix of a shard is a fair sample. With --tuning the validation files are left out, and another twentieth takes their
+place.
 """
 
 import argparse
@@ -213,7 +214,9 @@ def build(out: Path, versions: dict[str, str], tuning: bool) -> dict:
         with new_file(out / name) as file:
             file.write(content)
         shards[name] |= fingerprint(out / name)
-    sidecar = {"packages": versions, "left_out": left_out, "bos": BOS, "vocab_size": VOCAB_SIZE, "shards": shards}
+    dataset = "nano_tuning" if tuning else "nano" if versions == PACKAGES else "nano of other versions"
+    sidecar = {"dataset": dataset, "packages": versions, "left_out": left_out, "bos": BOS, "vocab_size": VOCAB_SIZE}
+    sidecar["shards"] = shards
     # It vouches for the shards, so it comes last; killed before that, the next call starts again.
     with new_file(out / SIDECAR) as file:
         file.write((json.dumps(sidecar, indent=2) + "\n").encode())

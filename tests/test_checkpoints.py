@@ -1,6 +1,7 @@
 """Checkpoints: a run that was killed, stopped or resumed with other ranks ends as if nothing had happened."""
 
 import contextlib
+import hashlib
 import io
 import json
 import os
@@ -162,6 +163,28 @@ def test_another_track_or_seed_is_refused_unless_forced(tiny_data, undisturbed, 
         run(tiny_data, tmp_path, *change)
     run(tiny_data, tmp_path, *change, "--force")
     assert f"with --force: {said}" in next((tmp_path / "logs").glob("*.txt")).read_text()
+
+
+def test_other_data_are_refused_and_a_log_says_which_were_read(tiny_data, undisturbed, tmp_path):
+    """Catches: a run that goes on with other bytes without a word; a log that does not say what was read. Of the
+    shards that were not opened yet, any may come."""
+    read = [line for line in lines(undisturbed) if line.startswith("data: ")]
+    paths = sorted(tiny_data.glob("*.bin"))
+    tokens = {path.name: (path.stat().st_size - 1024) // 2 for path in paths}
+    hashes = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+    assert read == [f"data: {name} {tokens[name]} tokens sha256 {hashes[name]}" for name in hashes]
+    until_step(tmp_path, undisturbed, 8)
+    other = shutil.copytree(tiny_data, tmp_path / "other")
+    write_shard(other / "tiny_train_000001.bin", text_like(6000, seed=3))
+    with pytest.raises(
+        SpeedrunError, match=r"of another run: the data has changed: \S*tiny_train_000001\.bin was 6000"
+    ):
+        run(other, tmp_path)
+    (other / "tiny_train_000001.bin").unlink()
+    with pytest.raises(SpeedrunError, match=r"tiny_train_000001\.bin was 6000 tokens sha256 \w+, is missing"):
+        run(other, tmp_path)
+    run(tiny_data, tmp_path)
+    assert [line for line in lines(tmp_path) if line.startswith("data: ")] == read
 
 
 def test_another_source_is_refused(tiny_data, undisturbed, tmp_path, monkeypatch):

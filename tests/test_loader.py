@@ -1,5 +1,8 @@
 """Data: shards -> rows, against a naive reading of SPEC section 2."""
 
+import hashlib
+import json
+import os
 import random
 import re
 import threading
@@ -19,6 +22,7 @@ from hypothesis import strategies as st
 import train_gpt
 from train_gpt import (
     NANO,
+    Identities,
     Loader,
     LoaderPosition,
     Options,
@@ -27,6 +31,9 @@ from train_gpt import (
     Stage,
     Track,
     check,
+    require_rows,
+    require_tokens,
+    shard_identity,
     validation_rows,
     validation_tokens,
 )
@@ -317,7 +324,7 @@ def test_a_damaged_shard_is_refused_with_its_name_and_what_is_wrong(tmp_path, ho
             loader.next(step)
     damaged(tmp_path / "x_val_000001.bin", how)
     with pytest.raises(SpeedrunError, match=re.escape("x_val_000001.bin") + ".*" + DAMAGE[how]):
-        validation_tokens(track_with([(6, 9)], steps_each=1, val_tokens=len(GOOD) - 1), tmp_path)
+        validation_tokens(track_with([(6, 9)], 1, val_tokens=len(GOOD) - 1), tmp_path, Identities())
 
 
 def test_a_damaged_later_shard_stops_the_run_only_when_its_turn_comes(tmp_path):
@@ -342,9 +349,10 @@ def test_a_file_that_ends_while_it_is_read_is_refused(tmp_path, monkeypatch):
 def test_a_missing_folder_names_the_folder_and_the_command(tmp_path):
     """Catches: an empty glob that ends as an IndexError."""
     track = track_with([(6, 9)], steps_each=1)
-    for call in (lambda folder: Loader(track, folder, cpu()), lambda folder: validation_tokens(track, folder)):
-        with pytest.raises(SpeedrunError, match=f"(?s)no_such.*{re.escape(track.data.fetch)}"):
-            call(tmp_path / "no_such")
+    folder = tmp_path / "no_such"
+    for call in (lambda: Loader(track, folder, cpu()), lambda: validation_tokens(track, folder, Identities())):
+        with pytest.raises(SpeedrunError, match=f"no_such: .*{re.escape(f'{track.data.fetch} --out {folder}')}"):
+            call()
 
 
 def test_processes_that_cannot_share_the_rows_are_refused(tmp_path):
@@ -362,9 +370,67 @@ def test_a_run_needs_the_tokens_of_its_steps_and_no_more(tmp_path):
     write_shards(tmp_path, [GOOD[:100], GOOD[:12]])
     write_shards(tmp_path, [GOOD], split="val")
     track = track_with([(6, 9)], steps_each=50)
-    check(track, Options(), tmp_path, cpu(), stop=2)
+    require_tokens(track, tmp_path, stop=2)
     with pytest.raises(SpeedrunError, match=r"too few tokens.*112.*3 steps.*168"):
-        check(track, Options(), tmp_path, cpu(), stop=3)
+        require_tokens(track, tmp_path, stop=3)
+    require_tokens(replace(track, data=replace(track.data, epochs=2)), tmp_path, stop=3)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shards=st.lists(shard_tokens, min_size=1, max_size=3),
+    shape=stage_shapes,
+    stop=st.integers(1, 12),
+    epochs=st.integers(1, 3),
+)
+def test_the_rows_that_data_fill_are_counted_before_the_run(shards, shape, stop, epochs):
+    """Catches: tokens counted that rows skip (what is left of a document, or of a shard), data refused that suffice, a
+    number of epochs named that does not. One epoch after the other is the naive stream of the shards as often."""
+
+    def filled(epochs: int) -> int:
+        naive, count = NaiveStream(shards * epochs), 0
+        while count < stop:
+            try:
+                naive.step(8, *shape)
+            except EOFError:
+                break
+            count += 1
+        return count
+
+    track = track_with([shape], steps_each=99)
+    track = replace(track, data=replace(track.data, epochs=epochs))
+    with TemporaryDirectory() as folder:
+        data_dir = write_shards(Path(folder), shards)
+        if filled(epochs) == stop:
+            require_rows(track, data_dir, cpu(), stop)
+            loader, naive = Loader(track, data_dir, cpu()), NaiveStream(shards * epochs)
+            for step in range(stop):
+                for row, pieces in zip(loader.next(step), naive.step(8, *shape), strict=True):
+                    check_row(row, pieces, *shape)
+            return
+        with pytest.raises(SpeedrunError) as error:
+            require_rows(track, data_dir, cpu(), stop)
+        found = re.search(r"hold ([\d,]+) tokens, which fill (\d+) of (\d+) steps", str(error.value))
+        assert [int(n.replace(",", "")) for n in found.groups()] == [sum(map(len, shards)), filled(epochs), stop]
+        needed = re.search(r"--data.epochs (\d+)", str(error.value))
+        assert bool(needed) == (filled(1) > 0), "shards that fill no step do so however often they are read"
+        if needed:
+            assert filled(int(needed[1])) == stop > filled(int(needed[1]) - 1)
+
+
+def test_a_shard_is_known_by_what_is_recorded_until_it_changes(tmp_path):
+    """Catches: a SHA-256 believed of a file that was changed or replaced since, or computed though it is on record."""
+    path = write_shard(tmp_path / "x_train_000001.bin", GOOD)
+    actual = f"{len(GOOD)} tokens sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}"
+    assert shard_identity(path) == actual
+    status = path.stat()
+    entry = {"sha256": "0" * 64, "size": status.st_size, "mtime_ns": status.st_mtime_ns}
+    (tmp_path / "a.json").write_text("[not json")
+    (tmp_path / "b.json").write_text(json.dumps({"shards": {path.name: entry}}))
+    assert shard_identity(path) == f"{len(GOOD)} tokens sha256 {'0' * 64}"
+    write_shard(path, GOOD[::-1])
+    os.utime(path, ns=(0, status.st_mtime_ns + 1))
+    assert shard_identity(path) != f"{len(GOOD)} tokens sha256 {'0' * 64}"
 
 
 @settings(max_examples=80, deadline=None)
@@ -384,7 +450,7 @@ def test_validation_predicts_the_first_val_tokens_once_each(shards, part, val_ro
     with TemporaryDirectory() as folder:
         data_dir = write_shards(Path(folder), shards, split="val")
         runtimes = [cpu(rank=rank, world_size=world_size) for rank in range(world_size)]
-        tokens = validation_tokens(track, data_dir)
+        tokens = validation_tokens(track, data_dir, Identities())
         per_rank = [list(validation_rows(track, tokens, runtime)) for runtime in runtimes]
     num_rows = -(-val_tokens // val_row)
     rows = [per_rank[i % world_size][i // world_size] for i in range(num_rows)]
@@ -403,9 +469,9 @@ def test_too_few_validation_tokens_are_counted_in_the_message(tmp_path):
     """Catches: a mean over fewer tokens than the track says. The last of val_tokens inputs needs one token more."""
     write_shards(tmp_path, [GOOD])
     write_shards(tmp_path, [GOOD[:40], GOOD[:25]], split="val")
-    assert len(validation_tokens(track_with([(6, 9)], 1, val_tokens=64), tmp_path)) == 65
+    assert len(validation_tokens(track_with([(6, 9)], 1, val_tokens=64), tmp_path, Identities())) == 65
     with pytest.raises(SpeedrunError, match=r"too few tokens: the val shards.*hold 65.* 66"):
-        validation_tokens(track_with([(6, 9)], 1, val_tokens=65), tmp_path)
+        validation_tokens(track_with([(6, 9)], 1, val_tokens=65), tmp_path, Identities())
 
 
 @pytest.mark.parametrize("count", [100, pytest.param(1000, marks=pytest.mark.slow)])

@@ -453,7 +453,8 @@ def test_too_few_tokens_are_refused_at_once(command, tiny_data, tmp_path, split)
     for path in (tmp_path / "data").glob(f"*_{split}_*.bin"):
         write_shard(path, documents([20] * 5))
     code, _, err, _ = command(data_dir=tmp_path / "data")
-    assert_one_message(code, err, "too few tokens", split, r"\b200\b", "python data/nano.py")
+    advice = f"python data/nano.py --out {re.escape(str(tmp_path / 'data'))}"
+    assert_one_message(code, err, "too few tokens", split, r"\b200\b", advice)
 
 
 def test_shards_that_run_out_on_the_way_end_the_run_and_keep_its_log(command, tiny_data, tmp_path):
@@ -462,14 +463,14 @@ def test_shards_that_run_out_on_the_way_end_the_run_and_keep_its_log(command, ti
     for path in (tmp_path / "data").glob("*_train_*.bin"):
         write_shard(path, documents([500] * 60))
     code, _, err, logs = command(data_dir=tmp_path / "data")
-    assert_one_message(code, err, "run out", "No data is ever repeated")
+    assert_one_message(code, err, "run out", "No data is repeated unless asked for")
     assert logs[0].startswith('"""') and re.search(r"^step:3/20 train_time", logs[0], re.M)
 
 
 def test_a_missing_folder_is_named_with_the_command_that_makes_it(command, tmp_path):
     """Catches: an IndexError on an empty list of shards."""
     code, _, err, logs = command(data_dir=tmp_path / "nothing")
-    assert_one_message(code, err, str(tmp_path / "nothing"), "python data/nano.py")
+    assert_one_message(code, err, f"python data/nano.py --out {tmp_path / 'nothing'}")
     assert not logs
 
 
