@@ -571,7 +571,7 @@ NANO = Track(
         val_row_tokens=16_384,
     ),
     schedule=Schedule(
-        scheduled_steps=130,
+        scheduled_steps=70,
         extension_steps=10,
         stages=(
             Stage(2048, (64, 192), 1.0, ((1.0, 1.0),)),
