@@ -5,9 +5,12 @@
 #   ./run.sh nano --seed 1            on the CPU, under a minute
 #   NPROC=2 ./run.sh small            two processes whatever the number of GPUs
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=host ./run.sh small     on every node, each with its own NODE_RANK
+#   srun --kill-on-bad-exit=1 ./run.sh small                 Slurm: every task is a process of the run
 #   PYTHON=path/to/python ./run.sh    another interpreter
 #
 # Missing data is built or downloaded first, unless --data-dir names a folder. The exit code is that of the run.
+# Under srun every task asks for the data: on a shared disk the first writes it while the others wait for its lock, on
+# local disks the first of each node.
 # Works in the bash 3.2 of macOS, hence the ${array[@]+"${array[@]}"}: there an empty array counts as unset.
 set -euo pipefail
 
@@ -34,6 +37,15 @@ count_gpus() {
     present=$visible
   fi
   echo "$present"
+}
+
+# First host of a list such as node[1-4,7],login; fails where that takes scontrol and there is none.
+first_host() {
+  local hosts
+  hosts=$(scontrol show hostnames "$1" 2>/dev/null) || hosts=${1%%,*}
+  read -r hosts <<<"$hosts"
+  case $hosts in '' | *'['*) return 1 ;; esac
+  echo "$hosts"
 }
 
 count_cores() { nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1; }
@@ -67,6 +79,17 @@ else
   python=python
 fi
 command -v "$python" >/dev/null 2>&1 || die "no Python interpreter '$python': install Python 3.11 or newer, or name one with PYTHON=…"
+complaint=$("$python" -c '
+import sys
+if sys.version_info < (3, 11):
+    sys.stdout.write("is Python %d.%d, expected 3.11 or newer: name another one with PYTHON=…" % sys.version_info[:2])
+else:
+    from importlib.util import find_spec
+    missing = [name for name in ("numpy", "safetensors", "torch", "tqdm", "tyro") if find_spec(name) is None]
+    if missing:
+        sys.stdout.write("lacks %s: %s -m pip install -r requirements.txt" % (", ".join(missing), sys.executable))
+') || die "'$python' is no Python interpreter: name another one with PYTHON=…"
+[ -z "$complaint" ] || die "$python $complaint"
 
 [ -z "$no_run" ] || exec "$python" "$repo/train_gpt.py" ${track:+"$track"} "$@"
 
@@ -85,7 +108,21 @@ case $gpus in
   4 | 5 | 6 | 7) processes=4 ;;
   *) processes=8 ;;
 esac
-if [ -n "${NPROC:-}" ]; then
+# A step of Slurm has several tasks only where srun started them: in the script of sbatch and in the shell of salloc
+# SLURM_NTASKS counts those that could be.
+tasks=1
+[ -z "${SLURM_STEP_ID:-}" ] || [ -n "${NNODES:-}" ] || tasks=${SLURM_STEP_NUM_TASKS:-${SLURM_NTASKS:-1}}
+if [ "$tasks" -gt 1 ]; then
+  [ -z "${NPROC:-}" ] || die "NPROC is '$NPROC', but srun started $tasks tasks, each of them one process: unset it, or give every task a torchrun of its own with NNODES, NODE_RANK and MASTER_ADDR"
+  processes=1
+  RANK=$SLURM_PROCID WORLD_SIZE=$tasks LOCAL_RANK=$SLURM_LOCALID
+  [ "$gpus" -ne 1 ] || LOCAL_RANK=0 # srun --gpus-per-task=1 shows every task its own GPU alone
+  hosts=${SLURM_STEP_NODELIST:-${SLURM_JOB_NODELIST:-}}
+  MASTER_ADDR=${MASTER_ADDR:-$(first_host "$hosts")} || die "no scontrol to expand the nodes '$hosts': set MASTER_ADDR to the first of them"
+  MASTER_PORT=${MASTER_PORT:-$((15000 + (64 * ${SLURM_JOB_ID:-0} + SLURM_STEP_ID) % 16000))} # each step has its own
+  export RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT
+  [ "$RANK" -eq 0 ] || exec >/dev/null # or every task would say what data it found
+elif [ -n "${NPROC:-}" ]; then
   is_count "$NPROC" || die "NPROC is '$NPROC', expected a number of processes such as 1, 2, 4 or 8"
   processes=$NPROC
 elif [ "$track" = nano ]; then
@@ -104,6 +141,7 @@ else
     launch+=(--standalone)
   else
     [ -n "${NODE_RANK:-}" ] || die "NNODES is $nodes, but NODE_RANK is not set: give each node its own, 0 to $((nodes - 1))"
+    is_count "1$NODE_RANK" && [ "$NODE_RANK" -lt "$nodes" ] || die "NODE_RANK is '$NODE_RANK', expected 0 to $((nodes - 1))"
     [ -n "${MASTER_ADDR:-}" ] || die "NNODES is $nodes, but MASTER_ADDR is not set: give all nodes the address of node 0"
     launch+=(--nnodes "$nodes" --node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "${MASTER_PORT:-29500}")
   fi

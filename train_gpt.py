@@ -18,6 +18,7 @@ import contextlib
 import ctypes
 import dataclasses
 import datetime
+import difflib
 import functools
 import hashlib
 import json
@@ -135,12 +136,10 @@ class ModelConfig:
                 f"model: num_layers {L} must be positive, head_dim {self.head_dim} a multiple of 4, and num_heads "
                 f"{self.num_heads} even when there are paired layers."
             )
-        if min((*self.second_embed, self.second_embed_rows)) < 1:
-            raise SpeedrunError(
-                f"model: second_embed {self.second_embed} and its rows {self.second_embed_rows} must be positive."
-            )
         if any(source >= target for source, target in self.skips):
             raise SpeedrunError(f"model.skips {self.skips}: a skip must lead to a later layer.")
+        if len(dict(self.value_embeds)) < len(self.value_embeds):
+            raise SpeedrunError(f"model.value_embeds {self.value_embeds}: a layer can have one table only.")
         skips = [(source, target) for source, target in self.skips if target < L]
         with_attention = [i for i in range(L) if i not in self.without_attention]
         values = [(layer, table) for layer, table in self.value_embeds if layer in with_attention]
@@ -1228,6 +1227,8 @@ class Optimizer:
 
     def __init__(self, params: dict[str, nn.Parameter], config: OptimizerConfig, runtime: Runtime):
         self.params, self.config, self.runtime = params, config, runtime
+        if missing := [name for name in params if not hasattr(config.rules, name)]:
+            raise SpeedrunError(f"the parameter {missing[0]} has no rule: add a line for it to the class Rules.")
         rules = {name: getattr(config.rules, name) for name in params}
         self.rules: dict[str, Rule] = rules
         # Small replicated parameters first (nothing waits for them), then the largest, whose gathers take longest.
@@ -1235,11 +1236,7 @@ class Optimizer:
         self.state: dict[str, dict[str, Tensor]] = {}
         self.lr_mul: dict[str, Tensor] = {}  # of banks: (n, 1, 1), one per matrix of this rank's piece
         for name, p in params.items():
-            if rules[name].sharded and p.numel() % runtime.world_size:
-                raise SpeedrunError(
-                    f"{runtime.world_size} processes cannot cut {name} {tuple(p.shape)} into equal pieces: use "
-                    f"fewer, or another width or vocabulary padding (--model.vocab-multiple)."
-                )
+            self._check(name, p)
             piece = self.piece(name, p)
             wide = torch.promote_types(p.dtype, torch.float32)
             zeros = lambda *shape, dtype=wide, p=p: torch.zeros(shape, dtype=dtype, device=p.device)
@@ -1265,6 +1262,24 @@ class Optimizer:
         if runtime.compile:
             compiled = functools.partial(torch.compile, dynamic=False, fullgraph=True)
             self._normuon_update, self._adam_update = compiled(normuon_update), compiled(adam_update)
+
+    def _check(self, name: str, p: nn.Parameter) -> None:
+        """Raise SpeedrunError where a parameter cannot be updated by its rule."""
+        rule, world, option = self.rules[name], self.runtime.world_size, f"--optimizer.rules.{name.replace('_', '-')}"
+        adam = rule.kind == "adam"
+        if not adam and p.dim() != 3:
+            raise SpeedrunError(
+                f"{option}.kind {rule.kind} is for banks of matrices, and {name} {tuple(p.shape)} is none: use adam."
+            )
+        if not rule.lr_mul or (adam and len(rule.lr_mul) > 1):
+            raise SpeedrunError(
+                f"{option}.lr-mul {rule.lr_mul}: expected one number (of a bank under NorMuon, one or more)."
+            )
+        if rule.sharded and (p.numel() if adam else len(p)) % world:
+            raise SpeedrunError(
+                f"{world} processes cannot cut {name} {tuple(p.shape)} into equal pieces: use fewer, another width or "
+                f"vocabulary padding (--model.vocab-multiple), or {option}.no-sharded."
+            )
 
     def piece(self, name: str, tensor: Tensor) -> Tensor:
         """The part of a parameter-shaped tensor that this rank updates, as a view: whole matrices, or flat memory."""
@@ -1377,7 +1392,7 @@ class Optimizer:
         shape, world = self.params["head"].shape, self.runtime.world_size
         for key, piece in self.state["head"].items():
             whole = piece
-            if world > 1:
+            if world > 1 and self.rules["head"].sharded:
                 whole = torch.empty(piece.numel() * world, dtype=piece.dtype, device=piece.device)
                 all_gather_single(whole.view(torch.uint8), piece.view(torch.uint8))  # bytes: no backend knows int16
             self.state["embed"][key].copy_(self.piece("embed", whole.view(shape).T.contiguous()))
@@ -1912,19 +1927,24 @@ def foreign_data(data_dir: Path, data: DataConfig) -> bool:
     return any(sidecar.get("dataset") != data.dataset for sidecar in sidecars(data_dir))
 
 
+def fetch_command(data_dir: Path, data: DataConfig) -> str:
+    """What writes the track's own shards into a folder."""
+    return data.fetch if data_dir.resolve() == default_data_dir(data) else f"{data.fetch} --out {data_dir}"
+
+
 def more_data(data_dir: Path, data: DataConfig) -> str:
     """How to get more shards into a folder."""
     if foreign_data(data_dir, data):
         return "write more of your text into it (`python data/fineweb.py --help`)"
-    into = "" if data_dir.resolve() == default_data_dir(data) else f" --out {data_dir}"
-    return f"fetch more of it (`{data.fetch}{into}`)"
+    return f"fetch more (`{fetch_command(data_dir, data)}`)"
 
 
 def find_shards(data_dir: Path, split: Literal["train", "val"], data: DataConfig) -> list[Path]:
     """The shards `*_train_*.bin` or `*_val_*.bin` of a folder, in order. Raises SpeedrunError where there is none."""
     paths = sorted(data_dir.glob(f"*_{split}_*.bin"))
     if not paths:
-        raise SpeedrunError(f"no shard *_{split}_*.bin in {data_dir}: {more_data(data_dir, data)}, or see --data-dir.")
+        command = fetch_command(data_dir, data)
+        raise SpeedrunError(f"no shard *_{split}_*.bin in {data_dir}. Make them with `{command}`, or see --data-dir.")
     return paths
 
 
@@ -1947,7 +1967,12 @@ def adapted(track: Track, data_dir: Path) -> Track:
 
 def require_tokens(track: Track, data_dir: Path, stop: int) -> None:
     """Raise SpeedrunError where the training shards have, by their headers, too few tokens for `stop` steps."""
-    need = sum(track.at(step).stage.tokens + track.data.rows_per_step for step in range(stop))
+    schedule, rows = track.schedule, track.data.rows_per_step
+    ends = pairwise((*schedule.boundaries(), schedule.total_steps))
+    need = sum(
+        max(min(end, stop) - begin, 0) * (stage.tokens + rows)
+        for (begin, end), stage in zip(ends, (*schedule.stages, schedule.extension), strict=True)
+    )
     paths = find_shards(data_dir, "train", track.data)
     have = sum(read_shard_header(path) for path in paths)
     if have * track.data.epochs < need:
@@ -2240,6 +2265,12 @@ def find_checkpoint(track: Track, options: Options, runtime: Runtime, data_dir: 
     else:
         path = Path(options.resume)
         folders = checkpoint_folders(path) or [path]
+        if folders == [path] and not any(path.glob("rank_*")):  # neither the folder of a run nor that of a step
+            runs = {step.parent for step in path.glob("*/step_*")}
+            runs = sorted(runs or {step.parent for step in options.checkpoint_dir.glob("*/step_*")}, reverse=True)
+            named = f"Name a run, such as {', '.join(map(str, runs[:3]))}" if runs else "There is no run to go on with"
+            found = "there is no checkpoint in it" if path.is_dir() else "no such folder"
+            raise CheckpointError(f"--resume {path}: {found}. {named}.")
     for folder in reversed(folders):
         try:
             found = Checkpoint(folder)
@@ -2336,6 +2367,17 @@ class Options:
     """Instead of it: tokens per second and process."""
 
 
+def launcher_ranks() -> tuple[int, int, int]:
+    """RANK, WORLD_SIZE and LOCAL_RANK of this process; 0, 1, 0 without a launcher. Raises SpeedrunError."""
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "", "MASTER_PORT": ""}
+    found = {name: os.environ.get(name, default) for name, default in alone.items()}
+    rank, world_size, local_rank, _, port = (int(word) if word.isdecimal() else -1 for word in found.values())
+    if not 0 <= rank < world_size or local_rank < 0 or (world_size > 1 and (port < 0 or not found["MASTER_ADDR"])):
+        said = " ".join(f"{name}={word}" for name, word in found.items())
+        raise SpeedrunError(f"the environment says {said}, which no launcher does: unset these, or use ./run.sh.")
+    return rank, world_size, local_rank
+
+
 @dataclass(frozen=True)
 class Runtime:
     """Where a run happens: device, place among the processes, precision."""
@@ -2373,9 +2415,7 @@ class Runtime:
                 f"build (it is {torch.__version__}), or use --device cpu."
             )
         cuda = options.device == "cuda" or (options.device == "auto" and torch.cuda.is_available())
-        rank, world_size, local_rank = (
-            int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-        )
+        rank, world_size, local_rank = launcher_ranks()
         if cuda and local_rank >= torch.cuda.device_count():
             raise SpeedrunError(
                 f"process {local_rank} of this node has no GPU of its own: {torch.cuda.device_count()} found. "
@@ -2396,16 +2436,21 @@ class Runtime:
             torch.set_flush_denormal(True)
         has_fp8 = cuda and torch.cuda.get_device_capability() >= (8, 9)
         for name, wanted, present, least in (
+            (f"--attention {options.attention}", options.attention != "auto", cuda, "CUDA"),
             ("--kernels triton", options.kernels == "triton", cuda and triton, "CUDA and the package triton"),
             ("--head fp8", options.head == "fp8", has_fp8, "a GPU of compute capability 8.9 (Ada, Hopper) or newer"),
         ):
             if wanted and not present:
                 raise SpeedrunError(f"{name} needs {least}. Drop it: the default is what works here.")
-        if options.loss_chunk is not None and options.loss_chunk < 1:
-            raise SpeedrunError(f"--loss-chunk: found {options.loss_chunk}, expected at least 1.")
         memory = torch.cuda.get_device_properties(device).total_memory if cuda else 8 * 10**9
         if world_size > 1:
-            dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+            try:
+                dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+            except dist.DistError as error:
+                raise SpeedrunError(
+                    f"the processes do not meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} "
+                    f"({str(error).splitlines()[0]}). Is that node 0, and the port free there (MASTER_PORT=...)?"
+                ) from error
         fast_bfloat16 = cuda or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         name = ("bfloat16" if fast_bfloat16 else "float32") if options.dtype == "auto" else options.dtype
         return Runtime(
@@ -2919,7 +2964,7 @@ def train(track: Track, options: Options, runtime: Runtime) -> float:
     data_dir = options.data_dir or default_data_dir(track.data)
     total_steps = track.schedule.total_steps
     stop = total_steps if options.max_steps is None else min(options.max_steps, total_steps)
-    check(track, options, data_dir, runtime, stop)
+    check(track, options, runtime)
     foreign = foreign_data(data_dir, track.data)
     if foreign:
         track = adapted(track, data_dir)
@@ -3088,38 +3133,47 @@ def out_of_memory(error: torch.OutOfMemoryError, track: Track, runtime: Runtime)
     )
 
 
-def check(track: Track, options: Options, data_dir: Path, runtime: Runtime, stop: int) -> None:
+def check(track: Track, options: Options, runtime: Runtime) -> None:
     """Refuse at once what cannot work: raises SpeedrunError for numbers that do not fit."""
-    data, schedule = track.data, track.schedule
-    stages = (*schedule.stages, schedule.extension)
-    for name, value, least in (
-        ("max-steps", stop, 0),
-        ("schedule.scheduled-steps", schedule.scheduled_steps, 1),
-        ("schedule.extension-steps", schedule.extension_steps, 0),
-        ("schedule.val-every", schedule.val_every, 0),
-        ("data.rows-per-step", data.rows_per_step, 1),
-        ("data.val-tokens", data.val_tokens, 1),
-        ("data.val-row-tokens", data.val_row_tokens, 1),
-        ("data.epochs", data.epochs, 1),
-        ("windows", min(window for stage in stages for window in stage.windows), 0),
-        ("prediction-weights", min(len(stage.prediction_weights) for stage in stages), 1),
-        ("save-every", options.save_every, 0),
-        ("keep-checkpoints", options.keep_checkpoints, 1),
-    ):
-        if value < least:
-            raise SpeedrunError(f"--{name}: found {value}, expected at least {least}.")
-    if options.save_every % 2:
-        raise SpeedrunError(
-            f"--save-every {options.save_every}: expected an even number, because Adam's gradients of two steps add up."
-        )
-    if data.rows_per_step % runtime.world_size:
-        raise SpeedrunError(
-            f"{runtime.world_size} processes cannot share the {data.rows_per_step} rows of a step evenly: use a number "
-            f"of processes that divides it (NPROC=...), or change --data.rows-per-step."
-        )
-    for stage in stages:
-        if stage.tokens < 1 or stage.tokens % data.rows_per_step:
-            raise SpeedrunError(f"a step of {stage.tokens} tokens cannot be cut into {data.rows_per_step} equal rows.")
+    data, schedule, model, rows = track.data, track.schedule, track.model, track.data.rows_per_step
+    world, last, final = runtime.world_size, schedule.extension.windows, schedule.final_long_window
+    fp8 = 16 if runtime.fp8 else 1  # what sizes in FP8 are multiples of
+    stages = {f"--schedule.stages.{i}": stage for i, stage in enumerate(schedule.stages)}
+    stages["--schedule.extension"] = schedule.extension
+    refusals = [
+        (options.save_every % 2, f"--save-every {options.save_every}: not even, and Adam steps every other step."),
+        (
+            data.bos >= model.vocab_size,
+            f"--data.bos {data.bos}: the vocabulary has {model.vocab_size} tokens, from 0 on.",
+        ),
+        (last[0] > final, f"--schedule.final-long-window {final}: shorter than the short window {last[0]}."),
+        (
+            rows % world,
+            f"{world} processes cannot share the {rows} rows of a step: change NPROC or --data.rows-per-step.",
+        ),
+        (
+            model.width % fp8 or model.padded_vocab % fp8,
+            f"width {model.width}, vocabulary {model.padded_vocab}: FP8 takes multiples of 16; see --head plain.",
+        ),
+    ]
+    for name, stage in stages.items():
+        length, weights = stage.tokens // rows, stage.prediction_weights
+        refusals += [
+            (stage.tokens % rows, f"{name}.tokens {stage.tokens}: a step cannot be cut into {rows} equal rows."),
+            (
+                length % fp8,
+                f"{name}.tokens {stage.tokens}: FP8 takes rows of multiples of 16, not {length}; see --head plain.",
+            ),
+            (stage.windows[0] > stage.windows[1], f"{name}.windows {stage.windows}: expected the short one first."),
+            (not weights or min(weights[0]) == 0, f"{name}.prediction-weights {weights}: the first must be above 0."),
+            (
+                len(weights) > length,
+                f"{name}.prediction-weights: {len(weights)} tokens ahead in rows of only {length}.",
+            ),
+        ]
+    for wrong, said in refusals:
+        if wrong:
+            raise SpeedrunError(said)
 
 
 def finish(trainer: Trainer, log: RunLog, options: Options, seconds: float, val_loss: float, stop: int, say) -> None:
@@ -3333,8 +3387,7 @@ class SampleOptions:
 def sample(argv: list[str]) -> None:
     """Print a text as it is drawn, and then its speed. Raises SpeedrunError for a model or options that do not work."""
     options = tyro.cli(SampleOptions, args=argv, prog="train_gpt.py sample")
-    if options.temperature < 0 or options.tokens < 0 or (options.top_k is not None and options.top_k < 1):
-        raise SpeedrunError("--temperature and --tokens must be at least 0, --top-k at least 1.")
+    check_ranges(flatten(options))
     runtime = Runtime.create(Options(device=options.device, dtype=options.dtype, compile=False))
     model, track, step = load_model(options.path, runtime)
     settings = track.validation_at(min(step, track.schedule.total_steps))
@@ -3520,6 +3573,7 @@ class EvalOptions:
 def evaluate(argv: list[str]) -> None:
     """The command `eval`. Raises SpeedrunError for a model or data that cannot be read."""
     options = tyro.cli(EvalOptions, args=argv, prog="train_gpt.py eval")
+    check_ranges(flatten(options))
     runtime = Runtime.create(Options(device=options.device, dtype=options.dtype, compile=False))
     model, track, step = load_model(options.path, runtime)
     items = read_hellaswag(options.data, track)[: options.limit]
@@ -3765,16 +3819,44 @@ def scaled(track: Track, text: str) -> Track:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+# Where the numbers of these fields lie: from, below, in words. Those of all others are at least 0.
+RANGES = (
+    ("num_layers num_heads head_dim second_embed second_embed_rows", 1, math.inf, "at least 1"),
+    ("gate_dim mlp_ratio vocab_multiple rows_per_step val_tokens val_row_tokens epochs", 1, math.inf, "at least 1"),
+    ("scheduled_steps tokens max_doc_len loss_chunk keep_checkpoints top_k limit", 1, math.inf, "at least 1"),
+    ("windows final_long_window", 1, 1 << 31, "from 1 to 2,147,483,647"),
+    ("vocab_size", 1, (1 << 16) + 1, "from 1 to 65,536, because shards hold 16 bits per token"),
+    ("seed", 0, 1 << 63, "from 0 to 2^63 - 1"),
+    ("attn_scale eps plan_utilization plan_tokens_per_second", sys.float_info.min, math.inf, "above 0"),
+    ("momentum muon_beta2 betas", 0, 1, "at least 0 and below 1"),
+    ("cooldown", 0, math.nextafter(1, 2), "from 0 to 1"),
+    ("resid_lambda second_embed_lambda", -math.inf, math.inf, "any number"),
+)
+
+
+def check_ranges(values: dict[str, object]) -> None:
+    """Raise SpeedrunError for a number, of those by option, that is not finite or out of its range."""
+    ranges = {field: some for fields, *some in RANGES for field in fields.split()}
+    for option, value in values.items():
+        low, end, words = ranges.get(option.rpartition(".")[2], (0, math.inf, "at least 0"))
+        numbers = [number for number in np.ravel(value).tolist() if isinstance(number, (int, float))]
+        finite = all(abs(number) < math.inf for number in numbers)
+        if not finite or not all(low <= number < end for number in numbers):
+            words = words if finite else "a finite number"
+            raise SpeedrunError(f"--{option.replace('_', '-')}: found {value}, expected {words}.")
+
+
 def parse_command(argv: list[str], quiet: bool = False) -> tuple[Track, Options]:
     """`[TRACK] [--option value ...]`: the track, with its overridden numbers, and the options of the run."""
     name, rest = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("nano", argv)
     if name not in TRACKS:
-        raise SpeedrunError(f"unknown track '{name}'; there are: {', '.join(TRACKS)}.")
+        near = "".join(f" (did you mean {other}?)" for other in difflib.get_close_matches(name, TRACKS, 1))
+        raise SpeedrunError(f"unknown track '{name}'{near}; there are: {', '.join(TRACKS)}.")
 
     # It has to come first, since the other options change its result.
     words = [part for word in rest for part in (word.split("=", 1) if word.startswith("--scale=") else [word])]
-    scale = next((b for a, b in pairwise(words) if a == "--scale"), None)
-    track = scaled(TRACKS[name], scale) if scale else TRACKS[name]
+    scale = dict(pairwise(words)).get("--scale")
+    track = TRACKS[name] if scale is None else scaled(TRACKS[name], scale)
 
     @dataclass(frozen=True)
     class Command:
@@ -3794,6 +3876,7 @@ def parse_command(argv: list[str], quiet: bool = False) -> tuple[Track, Options]
     track, options = command.track, command.options
     if options.val_every is not None:
         track = replace(track, schedule=replace(track.schedule, val_every=options.val_every))
+    check_ranges(flatten(track) | flatten(options))
     return track, options
 
 
@@ -3816,11 +3899,12 @@ def run(track: Track, options: Options) -> None:
 def main() -> None:
     """Run from the command line; errors of the user end with one message and exit code 1."""
     sys.stdout.reconfigure(line_buffering=True)  # lines show at once where the output is piped
-    rank, world_size = (int(os.environ.get(key, default)) for key, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    rank, world_size = 0, 1
     # Most mistakes are met by all ranks: rank 0 speaks, and torchrun ends the others before their turn comes.
     let_rank_0_speak = lambda: time.sleep(5 if rank else 0)
     code = 0
     try:
+        rank, world_size, _ = launcher_ranks()
         command = sys.argv[1] if len(sys.argv) > 1 else ""
         if command in ("sample", "eval"):
             {"sample": sample, "eval": evaluate}[command](sys.argv[2:])
@@ -3835,6 +3919,9 @@ def main() -> None:
         let_rank_0_speak()
         report_error(str(error))
         code = 1
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python would complain about it at its end
+        code = 141
     except Interrupted as end:
         if rank == 0:
             print(end, file=sys.stderr)

@@ -1,15 +1,19 @@
 """run.sh as a user starts it, in a copy of the repository whose Python scripts are stubs that note their arguments."""
 
+import ast
 import json
 import os
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from conftest import tiny_options
 
 from train_gpt import TRACKS
 
@@ -20,6 +24,9 @@ pytestmark = pytest.mark.skipif(os.name == "nt", reason="run.sh needs a POSIX sh
 PYTHON = """#!{python} -S
 import json, os, sys
 names = ("OMP_NUM_THREADS", "TRAIN_GPT_LOG_PATH_FILE", "TRAIN_GPT_ERROR_FILE")
+names += ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+if sys.argv[1] == "-c":  # which packages are missing: none
+    sys.exit()
 with open(os.environ["CALLS"], "a") as calls:
     calls.write(json.dumps([sys.argv[1:], {{name: os.environ.get(name) for name in names}}, os.getcwd()]) + "\\n")
 arguments = sys.argv[1:]
@@ -48,6 +55,7 @@ sys.exit(int(os.environ.get("CODE", 0)))
 
 DATA = """
 import os, sys
+print(end=os.environ.get("DATA_SAYS", ""))
 sys.exit(int(os.environ.get("DATA_CODE", 0)))
 """
 
@@ -95,8 +103,10 @@ class FakeRepo:
         (self.root / "data/cached_fineweb10B.py").write_text(DATA)
         (self.root / "records/plot.py").write_text(PLOT)
         self.write_program(root / "bin/python3", PYTHON.format(python=sys.executable))
-        self.env = {k: v for k, v in os.environ.items() if k not in ("PYTHON", "NPROC", "NNODES", "OMP_NUM_THREADS")}
-        self.env.pop("CUDA_VISIBLE_DEVICES", None)
+        unwanted = (
+            "PYTHON|NPROC|NNODES|OMP_NUM_THREADS|CUDA_VISIBLE_DEVICES|SLURM_.*|MASTER_.*|RANK|WORLD_SIZE|LOCAL_RANK"
+        )
+        self.env = {k: v for k, v in os.environ.items() if not re.fullmatch(unwanted, k)}
         self.env |= {"PATH": f"{root / 'bin'}:{os.environ['PATH']}", "CALLS": str(self.calls_file)}
         self.env["TMPDIR"] = str(self.tmp)
         self.set_gpus(0)
@@ -287,8 +297,129 @@ def test_several_nodes(repo: FakeRepo):
     for name in ("NODE_RANK", "MASTER_ADDR"):
         _, err = repo.run("small", code=2, **(nodes | {name: ""}))
         assert f"{name} is not set" in err
+    for wrong in ("2", "-1", "first"):
+        _, err = repo.run("small", code=2, **(nodes | {"NODE_RANK": wrong}))
+        assert f"NODE_RANK is '{wrong}', expected 0 to 1" in err
     _, err = repo.run("small", code=2, NNODES="many")
     assert "NNODES is 'many'" in err
+
+
+# ---- Slurm ----
+
+STEP = {"SLURM_JOB_ID": "1234", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "16", "SLURM_NTASKS": "16"}
+STEP |= {"SLURM_PROCID": "11", "SLURM_LOCALID": "3", "SLURM_JOB_NODELIST": "node3,node7"}
+SCONTROL = """#!/bin/sh
+[ "$1 $2" = "show hostnames" ] || exit 9
+case $3 in 'node[03-04]') printf 'node03\\nnode04\\n' ;; *) printf '%s\\n' "$3" | tr , '\\n' ;; esac
+"""
+
+
+def test_tasks_of_srun_are_the_processes_of_one_run(repo: FakeRepo):
+    """Catches: as many runs as tasks; ranks, or the place where they meet, that differ from task to task; 16 reports
+    of the same data."""
+    repo.set_gpus(8)
+    said = {"DATA_SAYS": "data is there\n"}
+    out, _ = repo.run("small", **STEP, **said)
+    assert repo.train.launcher == [] and repo.scripts == ["cached_fineweb10B.py", "train_gpt.py"] and out == ""
+    env = repo.train.env
+    assert [env[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")] == ["11", "16", "3", "node3"]
+    assert env["TRAIN_GPT_ERROR_FILE"] is None and env["OMP_NUM_THREADS"] is None
+    out, _ = repo.run("small", **STEP | {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "LOG": "run.txt"}, **said)
+    assert out.splitlines() == ["data is there", "trained", "plot: run.png"]
+    assert repo.train.env["RANK"] == "0" and repo.train.env["MASTER_PORT"] == env["MASTER_PORT"]
+    repo.run("small", **STEP | {"SLURM_STEP_NUM_TASKS": ""})
+    assert repo.train.env["WORLD_SIZE"] == "16"
+    _, err = repo.run("small", code=2, NPROC="8", **STEP)
+    assert "NPROC is '8', but srun started 16 tasks" in err
+
+
+@pytest.mark.parametrize(
+    ("environment", "processes"),
+    [
+        ({"SLURM_NTASKS": "8"}, 8),  # the shell of salloc
+        ({"SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}, 8),  # the script of sbatch
+        ({"SLURM_NTASKS": "8", "SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1"}, 8),  # a shell as a step
+        ({"SLURM_NTASKS": "1", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1"}, 8),  # srun --ntasks=1
+        (STEP | {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "node3", "NPROC": "4"}, 4),  # a torchrun in each task
+    ],
+)
+def test_what_is_no_task_beside_others_runs_as_without_slurm(repo: FakeRepo, environment: dict, processes: int):
+    """Catches: a lone process in an interactive shell that waits for seven others, which nobody started."""
+    repo.set_gpus(8)
+    repo.run("small", **environment)
+    assert repo.train.launcher and repo.train.processes == processes
+    assert repo.train.env["RANK"] is None
+
+
+@pytest.mark.parametrize(
+    ("nodes", "scontrol", "first"),
+    [
+        ("node[03-04]", True, "node03"),
+        ("node7,node[1-4]", False, "node7"),
+        ("node7", False, "node7"),
+        ("node[03-04]", False, None),
+        ("node[03,07]", False, None),
+        ("", False, None),
+    ],
+)
+def test_the_tasks_meet_on_the_first_node(repo: FakeRepo, nodes: str, scontrol: bool, first: str | None):
+    """Catches: a list of nodes taken for a host; a task that goes on without knowing where to meet."""
+    if scontrol:
+        repo.write_program(repo.root.parent / "bin/scontrol", SCONTROL)
+    environment = STEP | {"SLURM_JOB_NODELIST": nodes}
+    if first:
+        repo.run("small", **environment)
+        assert repo.train.env["MASTER_ADDR"] == first
+        repo.run("small", **environment, SLURM_STEP_NODELIST="node9")  # of this step, on part of the job's nodes
+        assert repo.train.env["MASTER_ADDR"] == "node9"
+    else:
+        _, err = repo.run("small", code=2, **environment)
+        assert f"no scontrol to expand the nodes '{nodes}': set MASTER_ADDR to the first of them" in err
+    repo.run("small", **environment, MASTER_ADDR="10.0.0.1", MASTER_PORT="4321")
+    assert (repo.train.env["MASTER_ADDR"], repo.train.env["MASTER_PORT"]) == ("10.0.0.1", "4321")
+
+
+def test_steps_on_one_node_do_not_share_a_port(repo: FakeRepo):
+    """Catches: two jobs that sit on one node and join each other's run. Below 32768 no system hands out ports."""
+    ports = set()
+    for job, step in ((1234, 0), (1234, 1), (1235, 0), (99_999_999, 0)):
+        repo.run("nano", **STEP | {"SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)})
+        ports.add(int(repo.train.env["MASTER_PORT"]))
+    assert len(ports) == 4 and min(ports) > 1024 and max(ports) < 32768
+
+
+def test_a_task_that_sees_one_gpu_takes_that(repo: FakeRepo):
+    """Catches: `srun --gpus-per-task=1`, where every task's only GPU is number 0, refused for want of a GPU 3."""
+    repo.set_gpus(8)
+    repo.run("small", **STEP, CUDA_VISIBLE_DEVICES="5")
+    assert repo.train.env["LOCAL_RANK"] == "0"
+    repo.set_gpus(1)
+    repo.run("small", **STEP)
+    assert repo.train.env["LOCAL_RANK"] == "0"
+
+
+def test_two_real_tasks_end_with_the_same_run(tiny_data: Path, tmp_path: Path):
+    """Catches: tasks that never meet, or write two logs: run.sh and train_gpt.py as they are, on this machine."""
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = str(free.getsockname()[1])
+    repo = FakeRepo(tmp_path)
+    options = ["--data-dir", tiny_data, "--log-dir", tmp_path / "logs", "--device", "cpu", "--sample-tokens", "5"]
+    command = ["bash", REPO / "run.sh", "nano", *tiny_options(), *options]
+    environment = repo.env | STEP | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_JOB_NODELIST": "localhost"}
+    environment |= {"MASTER_PORT": port, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    tasks = [
+        subprocess.Popen(
+            list(map(str, command)), env=environment | {"SLURM_PROCID": rank, "SLURM_LOCALID": rank}, **pipes
+        )
+        for rank in ("0", "1")
+    ]
+    said = [task.communicate(timeout=600) for task in tasks]
+    assert [task.returncode for task in tasks] == [0, 0], said
+    assert said[1] == ("", "")
+    assert "parameters on 2 x cpu" in said[0][0] and said[0][0].count("sample:") == said[0][0].count("plot:") == 1
+    assert sorted(path.suffix for path in (tmp_path / "logs").iterdir()) == [".jsonl", ".png", ".txt"]
 
 
 def test_threads_of_several_cpu_processes(repo: FakeRepo):
@@ -314,6 +445,40 @@ def test_python_names_the_interpreter(repo: FakeRepo):
     assert repo.scripts == ["nano.py", "train_gpt.py", "plot.py"]
     _, err = repo.run("nano", code=2, PYTHON="no-such-python")
     assert "no-such-python" in err
+
+
+def test_an_interpreter_that_cannot_do_it_is_refused(repo: FakeRepo):
+    """Catches: a traceback, or another program's complaint, before one word on what to do."""
+    wrong = repo.root.parent / "wrong"
+    fake_old = "import sys; sys.version_info = (3, 9, 0); exec(sys.argv[2])"
+    for program, said in (
+        (
+            f'exec "{sys.executable}" -S "$@"',
+            "lacks numpy, safetensors, torch, tqdm, tyro: .* -m pip install -r requirements",
+        ),
+        (f'exec "{sys.executable}" -c \'{fake_old}\' "$@"', "is Python 3.9, expected 3.11 or newer"),
+        ("exit 9", "is no Python interpreter"),
+    ):
+        repo.write_program(wrong, f"#!/bin/sh\n{program}\n")
+        for arguments in (["nano"], ["--help"]):
+            process = repo.start(*arguments, PYTHON=str(wrong))
+            out, err = process.communicate(timeout=60)
+            assert (
+                process.returncode == 2 and out == "" and re.search(f"^run.sh: error: .*{said}", err.splitlines()[-1])
+            )
+            assert "Traceback" not in err
+    _, err = repo.run("nano", code=2, PYTHON=str(repo.root))
+    assert "no Python interpreter" in err
+
+
+def test_the_packages_that_run_sh_looks_for_are_those_that_train_gpt_imports():
+    """Catches: a new import whose absence is a traceback."""
+    tree = ast.parse((REPO / "train_gpt.py").read_text())
+    names = {alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in tree.body if isinstance(node, ast.ImportFrom)}
+    needed = {name.split(".")[0] for name in names} - sys.stdlib_module_names
+    (listed,) = re.findall(r"for name in \((.*)\) if find_spec", (REPO / "run.sh").read_text())
+    assert set(re.findall(r"\w+", listed)) == needed
 
 
 @pytest.mark.parametrize("gpus", [0, 2])
