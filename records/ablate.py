@@ -1,19 +1,24 @@
 """What is each technique worth? Trains `nano` with one switched off, or one that it lacks on, several seeds each.
 
     python records/ablate.py                          # all variants, seeds 0 to 2, into records/nano/ablation
-    python records/ablate.py --seeds 5 --only "no smear" "no key offset"
-    python records/ablate.py --table                  # no training: the table of what is there
+    python records/ablate.py --seeds 5 --only "no smear" "no key offset" --out mine
+    python records/ablate.py --table                  # no training: the table of ablation.csv
 
 Every variant is the track with a few numbers changed on the command line, printed in the table, so that each run can be
 repeated alone with `./run.sh nano …`. Runs that are complete are kept: interrupt it and call it again. The result is
 ablation.csv, a line per run, and ablation.md, the table: change of the validation loss after equally many steps, paired
 by seed with the full recipe, p of the paired t-test, and time to the target.
+
+A call writes the rows of the variants and seeds that it ran and keeps the others. All rows are of one train_gpt.py:
+where ablation.csv has those of another, nothing is trained before you say --out FOLDER, for a table of your own, or
+--force, which drops them. Times are shown of runs on the same CPU as the full recipe's.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 import os
 import statistics
 import subprocess
@@ -26,6 +31,7 @@ from pathlib import Path
 from runlogs import Log, LogError, parse_log
 
 REPO = Path(__file__).resolve().parents[1]
+PUBLISHED = REPO / "records" / "nano" / "ablation"
 FULL = "full recipe"
 # Validate often, to see when the target is met, hence on the first eighth of the validation bytes only.
 COMMON = ("--val-every", "20", "--data.val-tokens", "65536", "--sample-tokens", "0")
@@ -85,6 +91,8 @@ class Result:
     loss: float  # final validation
     seconds: float  # of training
     to_target: float | None  # seconds until the validation loss crosses the target; None: it does not
+    source: str = ""  # digest of train_gpt.py; rows that are older than this column do not say it
+    cpu: str = ""
 
 
 def seconds_to_target(log: Log) -> float | None:
@@ -103,17 +111,25 @@ def read_result(variant: str, path: Path, source: str) -> Result | None:
         raise LogError(f"{path} is of another train_gpt.py: name another folder with --out, or delete it.")
     if log.final is None or log.final.step != log.final.total or not log.notes or "peak" not in log.notes[-1]:
         return None
-    return Result(variant, int(log.settings["seed"]), log.final.val_loss, log.final.seconds, seconds_to_target(log))
+    numbers = log.final.val_loss, log.final.seconds, seconds_to_target(log)
+    return Result(variant, int(log.settings["seed"]), *numbers, digest(source), log.settings.get("CPU", ""))
+
+
+def digest(source: str) -> str:
+    return hashlib.sha256(source.strip().encode()).hexdigest()[:12]
 
 
 def folder_of(variant: str, out: Path) -> Path:
     return out / "logs" / "".join(c if c.isalnum() else "_" for c in variant)
 
 
+def our_source() -> str:
+    return (REPO / "train_gpt.py").read_text(encoding="utf-8")
+
+
 def find_results(out: Path) -> list[Result]:
     """All complete runs, by variant and seed. Raises LogError for a log of another train_gpt.py."""
-    source = (REPO / "train_gpt.py").read_text(encoding="utf-8")
-    found = {}
+    source, found = our_source(), {}
     for variant in VARIANTS:
         for path in sorted(folder_of(variant, out).glob("*.txt")):
             if (result := read_result(variant, path, source)) is not None:
@@ -160,16 +176,37 @@ def run_all(variants: list[str], seeds: int, out: Path, jobs: int, extra: list[s
     return failures
 
 
+def comparable(rows: list[Result], path: Path, force: bool) -> list[Result]:
+    """The rows of our train_gpt.py. Raises LogError where there are others, unless they are to be dropped."""
+    ours = digest(our_source())
+    others = [row for row in rows if row.source != ours]
+    if others and not force:
+        raise LogError(
+            f"{path} has {len(others)} rows of another train_gpt.py ({others[0].source or 'unknown'}, ours is {ours}), "
+            "which do not mix. Add --out FOLDER for a table of your own, or --force to drop them."
+        )
+    return [row for row in rows if row.source == ours]
+
+
+def merge(rows: list[Result], new: list[Result]) -> list[Result]:
+    """All rows, the new ones in the places of those of the same variant and seed."""
+    merged, order = {(row.variant, row.seed): row for row in [*rows, *new]}, list(VARIANTS)
+    rank = lambda row: order.index(row.variant) if row.variant in order else len(order)
+    return sorted(merged.values(), key=lambda row: (rank(row), row.variant, row.seed))
+
+
 def write_csv(results: list[Result], path: Path) -> None:
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(Result.__annotations__)
         for r in results:
             to_target = "" if r.to_target is None else f"{r.to_target:.1f}"
-            writer.writerow([r.variant, r.seed, f"{r.loss:.4f}", f"{r.seconds:.1f}", to_target])
+            writer.writerow([r.variant, r.seed, f"{r.loss:.4f}", f"{r.seconds:.1f}", to_target, r.source, r.cpu])
 
 
 def read_csv(path: Path) -> list[Result]:
+    if not path.exists():
+        return []
     with open(path, newline="", encoding="utf-8") as file:
         return [
             Result(
@@ -178,6 +215,8 @@ def read_csv(path: Path) -> list[Result]:
                 float(row["loss"]),
                 float(row["seconds"]),
                 float(row["to_target"]) if row["to_target"] else None,
+                row.get("source") or "",
+                row.get("cpu") or "",
             )
             for row in csv.DictReader(file)
         ]
@@ -187,7 +226,8 @@ def table(results: list[Result]) -> str:
     """Markdown: a row per variant, the most harmful first."""
     from scipy import stats
 
-    by_variant = {v: {r.seed: r for r in results if r.variant == v} for v in VARIANTS}
+    names = dict.fromkeys([FULL, *(r.variant for r in results)])
+    by_variant = {name: {r.seed: r for r in results if r.variant == name} for name in names}
     full = by_variant[FULL]
     rows = []
     for variant, runs in by_variant.items():
@@ -197,13 +237,14 @@ def table(results: list[Result]) -> str:
         losses = [runs[s].loss for s in seeds]
         change = [runs[s].loss - full[s].loss for s in seeds]
         p = "" if variant == FULL or len(seeds) < 2 else f"{stats.ttest_1samp(change, 0).pvalue:.2g}"
-        speed = statistics.median(runs[s].seconds / full[s].seconds for s in seeds)
-        met = [runs[s].to_target for s in seeds if runs[s].to_target is not None]
+        timed = [s for s in seeds if runs[s].cpu == full[s].cpu]
+        speed = f"{statistics.median(runs[s].seconds / full[s].seconds for s in timed):.2f}" if timed else "–"
+        met = [runs[s].to_target for s in timed if runs[s].to_target is not None]
         to_target = f"{statistics.mean(met):.0f} s" if met else "–"
-        if len(met) < len(seeds):
-            to_target += f" ({len(met)} of {len(seeds)} runs)"
+        if len(met) < len(timed):
+            to_target += f" ({len(met)} of {len(timed)} runs)"
         delta = f"{statistics.mean(change):+.4f}" if variant != FULL else ""
-        cells = (variant, len(seeds), f"{statistics.mean(losses):.4f}", delta, p, to_target, f"{speed:.2f}")
+        cells = (variant, len(seeds), f"{statistics.mean(losses):.4f}", delta, p, to_target, speed)
         rows.append((variant != FULL, -statistics.mean(change), cells))
     lines = [
         "| variant | n | loss | change | p | to the target | training time, × full |",
@@ -220,24 +261,35 @@ def report(results: list[Result]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Trains nano with one technique switched off at a time.")
+    explained = __doc__.strip().rpartition("\n\n")[2]
+    parser = argparse.ArgumentParser(description="Trains nano, one technique switched off at a time.", epilog=explained)
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 to N - 1 of each variant")
     parser.add_argument("--only", nargs="+", metavar="VARIANT", choices=list(VARIANTS), help="besides the full recipe")
-    parser.add_argument("--out", type=Path, default=REPO / "records" / "nano" / "ablation", metavar="FOLDER")
+    parser.add_argument("--out", type=Path, default=PUBLISHED, metavar="FOLDER", help="default: the published table")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time, which share the cores")
-    parser.add_argument("--table", action="store_true", help="no training: only the table of what is there")
+    parser.add_argument("--table", action="store_true", help="no training: only the table of ablation.csv")
+    parser.add_argument("--force", action="store_true", help="drop rows of another train_gpt.py")
     parser.add_argument("--extra", nargs=argparse.REMAINDER, default=[], help="further options of train_gpt.py; last")
     options = parser.parse_args()
     variants = [FULL, *(v for v in VARIANTS if v != FULL and (options.only is None or v in options.only))]
-    failures = []
+    path, failures = options.out / "ablation.csv", []
     try:
-        options.out.mkdir(parents=True, exist_ok=True)
+        rows = read_csv(path)
+        if options.table and not rows:
+            raise LogError(f"{path} has no rows: train first, without --table")
         if not options.table:
-            failures = run_all(variants, options.seeds, options.out, options.jobs, options.extra)
-        results = find_results(options.out)
-        write_csv(results, options.out / "ablation.csv")
-        (options.out / "ablation.md").write_text(report(results), encoding="utf-8")
-        print(table(results))
+            if options.extra and options.out.resolve() == PUBLISHED:
+                raise LogError("runs with --extra are not of the published table: add --out FOLDER")
+            rows = comparable(rows, path, options.force)
+            options.out.mkdir(parents=True, exist_ok=True)
+            try:
+                failures = run_all(variants, options.seeds, options.out, options.jobs, options.extra)
+            finally:  # what is complete counts, whatever ended the rest
+                if new := find_results(options.out):
+                    write_csv(merge(rows, new), path)
+            rows = read_csv(path)
+        (options.out / "ablation.md").write_text(report(rows), encoding="utf-8")
+        print(table(rows))
     except KeyboardInterrupt:
         sys.exit("interrupted: complete runs are kept; call it again to go on")
     except (LogError, OSError) as error:

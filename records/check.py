@@ -3,9 +3,11 @@
     python records/check.py LOG…                          # exit code 0: p < 0.01 and all rules kept; 1: not; 2: no log
     python records/check.py LOG… --against LOG…           # and faster than those, at p < 0.01 (Welch's t-test)
     python records/check.py LOG… --track small --no-rules # statistics alone, for the logs of other programs
+    python records/check.py --accept WHY                  # from now on train_gpt.py's data code is accepted as well
 
-A LOG may also be a folder: all *.txt in it. The rules look at what a log says and at the source text it begins with, as
-a syntax tree. They catch slips and simple forgeries; a record still wants a person who reads its source.
+A LOG may also be a folder: all *.txt in it that have steps. The rules look at what a log says and at the source text
+that it begins with, as a syntax tree. What is official stands in accepted.json (see accepted.py), and nowhere in a log
+or beside it. They catch slips and simple forgeries; a record still wants a person who reads its source.
 """
 
 from __future__ import annotations
@@ -22,19 +24,15 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from accepted import DEFINITION, Accepted, Competition, Form, accept, bound_names, digest, equals, validates_of
 from runlogs import Log, LogError, parse_log, parse_source
 
-if TYPE_CHECKING:
-    from train_gpt import Track
-
-REPO = Path(__file__).resolve().parents[1]
 P_MAX = 0.01  # for "below the target" and for "faster"
 MAX_REASONS = 10  # per rule and log
+MAX_NAMES = 2  # of the logs that share an offence
 SAME_LOSS_P = 0.05  # two-sided; below it two sets of losses differ
 LAST_NOTE = re.compile(r"peak memory allocated: \d+ MiB reserved: \d+ MiB")
-BANNER = re.compile(r"^# -+\n# (.*)\n# -+$", re.MULTILINE)
 GPU_NAME = re.compile(r"^\|\s+\d+\s+(\S.*?)\s+(?:On|Off|N/A)\s+\|", re.MULTILINE)  # in the table of nvidia-smi
 
 INDUCTOR_NAME = re.compile(r"[\w.]*\b_inductor\b[\w.]*|TORCHINDUCTOR\w*")
@@ -43,7 +41,6 @@ TAKES_MODULE = {"import_module", "__import__"}
 TAKES_NAME = {"getattr", "setattr", "delattr", "attrgetter", "putenv", "setdefault", "update", "patch"}
 COORDINATE_DESCENT = "torch._inductor.config.coordinate_descent_tuning"
 COMPILE_KEYWORDS = {"dynamic", "fullgraph"}
-DEFINITION = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 ASSIGNMENT = ast.Assign | ast.AnnAssign | ast.NamedExpr
 PLACE = ast.Name | ast.Attribute
 
@@ -352,58 +349,35 @@ def find_aliases(tree: ast.Module) -> dict[str, str]:
     return aliases
 
 
-@dataclass(frozen=True)
-class Reference:
-    """Data and validation code, as canonical text."""
-
-    statements: dict[str, str]  # of the section "# Data: ...", by name
-    validate: str  # Trainer.validate
-
-    @staticmethod
-    def read(path: Path) -> Reference:
-        """Raises LogError where the file cannot be read or lacks them."""
-        try:
-            text = path.read_text(encoding="utf-8")
-            tree = ast.parse(text)
-        except (OSError, SyntaxError, ValueError) as error:
-            raise LogError(f"--reference {path}: cannot be read as Python ({error})") from error
-        banners = [(text.count("\n", 0, m.start()) + 1, m[1]) for m in BANNER.finditer(text)]
-        begin = next((line for line, title in banners if title.startswith("Data: ")), math.inf)
-        end = next((line for line, _ in banners if line > begin), math.inf)
-        section = [statement for statement in tree.body if begin < statement.lineno < end]
-        statements = {name: canonical(statement) for statement in section for name in bound_names(statement)}
-        trainers = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Trainer"]
-        validates = [part for node in trainers for part in node.body if "validate" in bound_names(part)]
-        if not statements or len(validates) != 1:
-            raise LogError(f"--reference {path}: expected a section '# Data: ...' and one Trainer.validate, as in ours")
-        return Reference(statements, canonical(validates[0]))
-
-
-def data(tree: ast.Module, reference: Reference) -> Iterator[str]:
-    """The code that reads data and validates is that of the reference, wherever it stands, and defined once."""
+def data(tree: ast.Module, forms: list[Form]) -> Iterator[str]:
+    """The code that reads data and validates has one of the accepted forms, wherever it stands, and is defined once."""
     found: dict[str, list[ast.stmt]] = {}
     for statement in tree.body:
         for name in bound_names(statement):
             found.setdefault(name, []).append(statement)
-    if not found.keys() & {*reference.statements, "Trainer"}:
+    names = {name for form in forms for name in form.digests}
+    if not found.keys() & {*names, "Trainer"}:
         yield "not this repository's train_gpt.py: cannot be judged by rule; use --no-rules for its statistics"
         return
-    for name, wanted in reference.statements.items():
-        yield from compare_definitions(name, found.get(name, []), wanted)
     trainers = found.get("Trainer", [])
-    if len(trainers) == 1 and isinstance(trainers[0], ast.ClassDef):
-        validates = [node for node in trainers[0].body if "validate" in bound_names(node)]
-        yield from compare_definitions("Trainer.validate", validates, reference.validate)
-    else:
+    if len(trainers) != 1 or not isinstance(trainers[0], ast.ClassDef):
         yield f"Trainer is defined {len(trainers)} times at top level, expected one class"
-    yield from replaced(tree, {*reference.statements})
+    found["Trainer.validate"] = validates_of(trainers)
+    digests = {name: digest(found[name][0]) for name in names if len(found.get(name, [])) == 1}
+    compared = [(list(compare_definitions(form, found, digests)), form) for form in reversed(forms)]
+    differences, closest = min(compared, key=lambda pair: len(pair[0]))  # of several the latest
+    yield from differences
+    yield from replaced(tree, {*closest.digests} - {"Trainer.validate"})
 
 
-def compare_definitions(name: str, found: list[ast.stmt], wanted: str) -> Iterator[str]:
-    if len(found) != 1:
-        yield f"{name} is defined {len(found)} times at top level, expected once"
-    elif canonical(found[0]) != wanted:
-        yield f"{name} (line {found[0].lineno} of its source) differs from the reference"
+def compare_definitions(form: Form, found: dict[str, list[ast.stmt]], digests: dict[str, str]) -> Iterator[str]:
+    for name, wanted in form.digests.items():
+        statements = found.get(name, [])
+        if len(statements) != 1:
+            yield f"{name} is defined {len(statements)} times at top level, expected once"
+        elif digests[name] != wanted:
+            line = statements[0].lineno
+            yield f"{name} (line {line} of its source) differs from the form accepted on {form.date}: {form.why}"
 
 
 def replaced(tree: ast.Module, names: set[str]) -> Iterator[str]:
@@ -429,54 +403,73 @@ def replaced(tree: ast.Module, names: set[str]) -> Iterator[str]:
             yield f"line {node.lineno} of its source: {reason}, which replaces data or validation code"
 
 
-def bound_names(statement: ast.stmt) -> list[str]:
-    """Names that a statement binds: definitions, assignments, imports, also inside if, try, with and for."""
-    if isinstance(statement, DEFINITION):
-        return [statement.name]
-    names = []
-    for node in ast.walk(statement):
-        if isinstance(node, DEFINITION):
-            names.append(node.name)
-        elif isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
-            names.append(node.id)
-        elif isinstance(node, ast.alias):
-            names.append((node.asname or node.name).split(".")[0])
-    return names
+def validation(log: Log, tree: ast.Module, competition: Competition) -> Iterator[str]:
+    """Validation tokens, their separator and the target are the official ones, in the settings and in the source.
 
-
-def canonical(statement: ast.stmt) -> str:
-    """Text of a syntax tree without docstrings, comments, layout and positions."""
-    statement = ast.parse(ast.unparse(statement))
-    for node in ast.walk(statement):
-        if isinstance(node, DEFINITION) and ast.get_docstring(node) is not None:
-            node.body = node.body[1:] or [ast.Pass()]
-    return ast.dump(statement)
-
-
-def validation(log: Log, tree: ast.Module, track: Track) -> Iterator[str]:
-    """Validation tokens, their separator and the target are the official ones, in the settings and in the source."""
-    official = {"val_tokens": track.data.val_tokens, "bos": track.data.bos, "target_loss": track.target_loss}
-    for name, value in official.items():
-        key = name if name == "target_loss" else f"data.{name}"
-        if not equals(log.settings.get(key), value):
-            yield f"settings: {key} is {log.settings.get(key)}, officially {value}"
-    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and last_name(node.func) == "Track"]
-    calls = [c for c in calls if any(k.arg == "name" and ast.unparse(k.value) == repr(track.name) for k in c.keywords)]
+    A track may take its data from another: `data=replace(SMALL.data, ...)`.
+    """
+    yield from competition.unofficial(log)
+    track, official = competition.track, competition.numbers()
+    tracks = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and last_name(node.func) == "Track"]
+    calls = [c for c in tracks if any(k.arg == "name" and ast.unparse(k.value) == repr(track) for k in c.keywords)]
     if len(calls) != 1:
-        yield f"its source has {len(calls)} calls Track(name='{track.name}', ...), expected one"
-    keywords = [node for call in calls for node in ast.walk(call) if isinstance(node, ast.keyword)]
+        yield f"its source has {len(calls)} calls Track(name='{track}', ...), expected one"
+    parts = [node for call in calls for node in ast.walk(call)]
+    keywords = [node for node in parts if isinstance(node, ast.keyword)]
+    others = {last_name(node.value) for node in parts if isinstance(node, ast.Attribute) and node.attr == "data"}
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and node.value in tracks and {last_name(t) for t in node.targets} & others:
+            found = (part for part in ast.walk(node.value) if isinstance(part, ast.keyword))
+            keywords += [keyword for keyword in found if keyword.arg != "target_loss"]
     if calls and not any(keyword.arg == "val_tokens" for keyword in keywords):
-        yield f"its Track(name='{track.name}', ...) does not spell out val_tokens"
+        yield f"its Track(name='{track}', ...) does not spell out val_tokens"
     for keyword in keywords:
         if keyword.arg in official and not equals(ast.unparse(keyword.value), official[keyword.arg]):
             yield f"line {keyword.lineno} of its source: {keyword.arg} is not {official[keyword.arg]}, the official one"
 
 
-def equals(text: str | None, number: float) -> bool:
-    try:
-        return text is not None and float(text) == number
-    except ValueError:
-        return False
+def shards(log: Log, official: dict[str, str | None]) -> Iterator[str]:
+    """The shards that a log names are the official ones: for training the first, in order, each read once.
+
+    A log that names none is from before they did, and breaks nothing.
+    """
+    if log.settings.get("data.epochs", "1") != "1":
+        yield f"settings: data.epochs is {log.settings['data.epochs']}: what repeats its data does not compare"
+    for note in log.notes:
+        if note.startswith("data:"):
+            yield f"expected 'data: NAME TOKENS tokens sha256 HEX', each shard once, found {note[:120]!r}"
+    if not log.data:
+        return
+    strangers = [name for name in log.data if name not in official]
+    if strangers:
+        yield f"it read {', '.join(strangers)}: not of the official data, which begin with {next(iter(official))}"
+    for kind in ("train", "val"):
+        read, wanted = ([name for name in names if f"_{kind}_" in name] for names in (log.data, official))
+        if not strangers and (not read or read != wanted[: len(read)]):
+            yield f"its {kind} shards are {', '.join(read) or 'none'}, expected {wanted[0]} and what follows, in order"
+    for name, (_, sha256) in log.data.items():
+        if official.get(name) not in (None, sha256):
+            yield f"{name} has SHA-256 {sha256}, officially {official[name]}"
+
+
+def same_shards(logs: list[Log]) -> Iterator[tuple[Log, str]]:
+    """All logs read the same."""
+    for log in logs[1:]:
+        if list(log.data.items()) != list(logs[0].data.items()):
+            yield log, f"its data lines differ from those of {logs[0].path}"
+
+
+def data_state(logs: list[Log], competition: Competition, broken: list[Broken]) -> str:
+    """Whether the shards that the logs read are known to be the official ones: "verified", or why not."""
+    if any(b.rule == "data" for b in broken):
+        return "not verified: see the offences"
+    if not all(log.data for log in logs):
+        return "unverified: the logs do not say which shards they read"
+    official = competition.official_shards()
+    unknown = {name for log in logs for name in log.data if official[name] is None}
+    if unknown:
+        return f"unverified: {len(unknown)} SHA-256 are not known here: python data/cached_fineweb10B.py asks the hub"
+    return "verified"
 
 
 def source(logs: list[Log]) -> Iterator[tuple[Log, str]]:
@@ -515,11 +508,16 @@ def describe_hardware(log: Log) -> dict[str, str]:
     return {kind: name for kind, name in found.items() if name}
 
 
-def named_track(logs: list[Log], name: str, given: bool) -> Iterator[tuple[Log, str]]:
-    """All logs are of the track `name`; without --track they have to say so."""
+def named_track(
+    logs: list[Log], competition: Competition, given: bool, accepted: Accepted
+) -> Iterator[tuple[Log, str]]:
+    """All logs are of this competition; without --track they have to name their track."""
+    name = competition.track
     for log in logs:
         if log.track != name and (log.track is not None or not given):
             yield log, f"its track is {log.track}, not {name}" if log.track else "does not name its track"
+        elif (other := accepted.competition_of(log, name)) not in (None, competition):
+            yield log, f"its competition is '{other.name}', not '{competition.name}'"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -527,7 +525,9 @@ def named_track(logs: list[Log], name: str, given: bool) -> Iterator[tuple[Log, 
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def broken_rules(logs: list[Log], against: list[Log], track: Track, given: bool, reference: Reference) -> list[Broken]:
+def broken_rules(
+    logs: list[Log], against: list[Log], competition: Competition, given: bool, accepted: Accepted
+) -> list[Broken]:
     """All rules that the logs break. Of those in `against` only completeness, clock, track and hardware count."""
     broken: list[Broken] = []
 
@@ -541,10 +541,12 @@ def broken_rules(logs: list[Log], against: list[Log], track: Track, given: bool,
         broken.extend(Broken(str(log.path), rule, reason) for reason in reasons)
 
     trees: dict[str, ast.Module] = {}
+    official = competition.official_shards()
     for log in [*logs, *against]:
         add("complete", log, complete(log))
         add("clock", log, clock(log))
     for log in logs:
+        add("data", log, shards(log, official))
         if log.source is None:
             continue
         try:
@@ -552,11 +554,12 @@ def broken_rules(logs: list[Log], against: list[Log], track: Track, given: bool,
         except LogError as error:
             add("source", log, [str(error)])
             continue
-        add("options", log, options(log, tree, track.name))
-        add("data", log, data(tree, reference))
-        add("validation", log, validation(log, tree, track))
-    found = {"track": named_track([*logs, *against], track.name, given), "source": source(logs)}
-    found |= {"duplicates": duplicates(logs), "hardware": hardware([*logs, *against]) if against else ()}
+        add("options", log, options(log, tree, competition.track))
+        add("data", log, data(tree, accepted.data_code))
+        add("validation", log, validation(log, tree, competition))
+    found = {"track": named_track([*logs, *against], competition, given, accepted), "source": source(logs)}
+    found |= {"data": same_shards(logs), "duplicates": duplicates(logs)}
+    found |= {"hardware": hardware([*logs, *against]) if against else ()}
     for rule, pairs in found.items():
         for log, reason in pairs:
             add(rule, log, [reason])
@@ -587,45 +590,45 @@ def judge(logs: list[Log], against: list[Log], command: argparse.Namespace) -> d
     name = command.track or next((log.track for log in logs if log.track is not None), None)
     if name is None:
         raise LogError("the logs do not name their track: add --track")
-    tracks = official_tracks()
-    if name not in tracks:
-        raise LogError(f"unknown track '{name}'; there are: {', '.join(sorted(tracks))}")
+    accepted = Accepted.read()
+    present = {c.track: c for c in reversed(accepted.competitions)}
+    if name not in present:
+        raise LogError(f"unknown track '{name}'; there are: {', '.join(sorted(present))}")
     lacking = [log for log in logs if log.final is None or not math.isfinite(log.final.val_loss)]
     if lacking and (command.no_rules or len(lacking) == len(logs)):
         raise LogError(f"{lacking[0].path}: no finite loss of a last validation, so there is nothing to judge")
-    track, broken = tracks[name], []
+    belonging = (accepted.competition_of(log, name) for log in logs)
+    competition = next((c for c in belonging if c is not None), present[name])
+    broken, state = [], None
     if not command.no_rules:
-        broken = broken_rules(logs, against, track, command.track is not None, Reference.read(command.reference))
+        broken = broken_rules(logs, against, competition, command.track is not None, accepted)
+        state = data_state(logs, competition, broken)
     losses, times = final_values(logs)
     (mean, _, std), (time_mean, time_median, time_std) = summary(losses), summary(times)
     result = {
         "track": name,
-        "target": track.target_loss,
+        "competition": competition.name,
+        "target": competition.target_loss,
         "n": len(logs),
         "losses": losses,
         "mean": mean,
         "std": std,
-        "p": p_below(losses, track.target_loss),
+        "p": p_below(losses, competition.target_loss),
         "times": times,
         "time_mean": time_mean,
         "time_median": time_median,
         "time_std": time_std,
         "against": compare(losses, times, against) if against else None,
+        "data": state,
         "broken": [asdict(b) for b in broken],
     }
     found = shortcomings(result, command.systems_only)
     if command.no_rules:
         return result | {"verdict": "statistics only", "passed": None}
-    return result | {"verdict": f"fail: {'; '.join(found)}" if found else "pass", "passed": not found}
-
-
-def official_tracks() -> dict[str, Track]:
-    """The tracks of the repository's train_gpt.py, by name."""
-    if str(REPO) not in sys.path:
-        sys.path.insert(0, str(REPO))
-    import train_gpt  # here, because it takes 3 s that a wrong option need not wait for
-
-    return {value.name: value for value in vars(train_gpt).values() if isinstance(value, train_gpt.Track)}
+    verdict = f"fail: {'; '.join(found)}" if found else "pass"
+    if state.startswith("unverified"):
+        verdict += ", data unverified"
+    return result | {"verdict": verdict, "passed": not found}
 
 
 def number(value: float | None, form: str = ".3g") -> str:
@@ -635,7 +638,11 @@ def number(value: float | None, form: str = ".3g") -> str:
 def report(result: dict) -> Iterator[str]:
     """The lines for the terminal."""
     join = lambda values, form: " ".join(f"{value:{form}}" for value in values) or "unknown"
+    if result["passed_over"]:
+        yield f"passed over, they have no steps: {', '.join(result['passed_over'])}"
     yield f"track {result['track']}, target {result['target']}, n = {result['n']}"
+    if result["competition"] != result["track"]:
+        yield f"a competition that is closed: {result['competition']}"
     yield f"validation loss: {join(result['losses'], '.4f')}"
     yield f"  mean {number(result['mean'], '.5f')}, std {number(result['std'], '.5f')}, p {number(result['p'])}"
     yield f"training time (s): {join(result['times'], '.3f')}"
@@ -649,43 +656,58 @@ def report(result: dict) -> Iterator[str]:
             f"fast, p {number(a['time_p'])}"
         )
         yield f"  loss: mean {number(a['mean'], '.5f')}, two-sided p {number(a['loss_p'])}"
+    if result["data"]:
+        yield f"data {result['data']}"
+    offenders: dict[tuple[str, str], list[str]] = {}
     for broken in result["broken"]:
-        yield f"[{broken['rule']}] {broken['file']}: {broken['reason']}"
+        offenders.setdefault((broken["rule"], broken["reason"]), []).append(broken["file"])
+    for (rule, reason), files in offenders.items():
+        names = ", ".join(files[:MAX_NAMES])
+        if len(files) > 1:
+            names = f"{len(files)} logs ({names}{', …' if len(files) > MAX_NAMES else ''})"
+        yield f"[{rule}] {names}: {reason}"
     yield result["verdict"]
 
 
-def read_logs(paths: list[Path]) -> list[Log]:
-    """The logs, and those in folders. Raises LogError where one cannot be read or has no line of a run."""
-    files = []
+def read_logs(paths: list[Path]) -> tuple[list[Log], list[Path]]:
+    """The logs and those in folders, and the files of folders that have no line of a run, such as notes.
+
+    Raises LogError where a file cannot be read, or where none is a log.
+    """
+    logs, passed_over = [], []
     for path in paths:
-        found = sorted(path.glob("*.txt")) if path.is_dir() else [path]
-        if not found:
+        files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
+        if not files:
             raise LogError(f"{path}: no *.txt in this folder")
-        files += found
-    logs = [parse_log(path) for path in files]
-    for log in logs:
-        if not log.events:
-            raise LogError(
-                f"{log.path}: no line such as 'step:250/1765 val_loss:4.1234 train_time:12345ms': is it a log?"
-            )
-    return logs
+        found = [parse_log(file) for file in files]
+        if not any(log.events for log in found):
+            raise LogError(f"{path}: no line such as 'step:250/1765 val_loss:4.1234 train_time:12345ms': is it a log?")
+        logs += [log for log in found if log.events]
+        passed_over += [log.path for log in found if not log.events]
+    return logs, passed_over
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0 pass (or --no-rules), 1 fail, 2 nothing to judge."""
+    """Exit code: 0 pass (or --no-rules, --accept), 1 fail, 2 nothing to judge."""
     parser = argparse.ArgumentParser(prog="records/check.py", description="Judges the logs of runs.")
-    parser.add_argument("logs", nargs="+", type=Path, metavar="LOG", help="logs/<run_id>.txt, or a folder of them")
+    parser.add_argument("logs", nargs="*", type=Path, metavar="LOG", help="logs/<run_id>.txt, or a folder of them")
     parser.add_argument("--track", help="track of the runs, where the logs do not say it")
     parser.add_argument("--against", nargs="+", type=Path, metavar="LOG", default=[], help="runs to be faster than")
     parser.add_argument("--json", action="store_true", help="the result as JSON")
     parser.add_argument("--systems-only", action="store_true", help="faster at the same loss: no p of the loss")
-    parser.add_argument("--reference", type=Path, default=REPO / "train_gpt.py", help="data and validation code")
     parser.add_argument("--no-rules", action="store_true", help="statistics only, for other programs")
+    parser.add_argument("--accept", metavar="WHY", help="add the data code of train_gpt.py to accepted.json, and end")
     command = parser.parse_args(argv)
+    if not command.logs and command.accept is None:
+        parser.error("expected logs, or a folder of them")
     if command.systems_only and not command.against:
         parser.error("--systems-only needs --against: the runs of the record that this one speeds up")
     try:
-        result = judge(read_logs(command.logs), read_logs(command.against), command)
+        if command.accept is not None:
+            print(accept(command.accept))
+            return 0
+        (logs, passed_over), (against, _) = read_logs(command.logs), read_logs(command.against)
+        result = judge(logs, against, command) | {"passed_over": [str(path) for path in passed_over]}
     except (LogError, ImportError, OSError) as error:
         print(f"records/check.py: error: {error}", file=sys.stderr)
         return 2

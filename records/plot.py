@@ -205,31 +205,40 @@ def draw_set(panel: Axes, axis: str, runs: RunSet, colours: tuple[str, ...]) -> 
 @dataclass(frozen=True)
 class Record:
     track: str
-    number: int
+    number: int  # of a record; else that of the pull request
     seconds: float  # to the target loss
-    date: date
+    date: date | None  # None: not known; the middle of a month of which the day is not known
     change: str
+    status: str = "record"  # else what it is instead
+
+    @property
+    def title(self) -> str:
+        """For the picture, such as "token smearing" or "#360, open submission: sampled-softmax training loss"."""
+        first = self.change.split(";")[0]
+        return first if self.status == "record" else f"#{self.number}, {self.status}: {first}"
 
 
 def read_history(path: Path) -> list[Record]:
-    """The dated records of a history. Raises LogError where it cannot be read or a row is not one."""
+    """The records of a history. Raises LogError where it cannot be read or a row is not one."""
     records = []
     try:
         with path.open(encoding="utf-8", newline="") as file:
             for row in csv.DictReader(file):
                 try:
+                    number, seconds, day = int(row["record"].lstrip("#")), float(row["seconds"]), None
                     if row["date"]:
-                        day, seconds = date.fromisoformat(row["date"]), float(row["seconds"])
-                        records.append(Record(row["track"], int(row["record"]), seconds, day, row["change"]))
-                    if not 0 < float(row["seconds"]) < math.inf:
+                        day = date.fromisoformat(row["date"] + "-15" * (len(row["date"]) == len("2026-08")))
+                    records.append(Record(row["track"], number, seconds, day, row["change"], row["status"]))
+                    if not 0 < seconds < math.inf:
                         raise ValueError(f"{row['seconds']} seconds")
-                except (KeyError, TypeError, ValueError) as error:
-                    raise LogError(f"{path}: {error!s} in {row}: expected track,record,seconds,date,change") from None
+                except (AttributeError, KeyError, TypeError, ValueError) as error:
+                    wanted = "track,record,seconds,date,change,contributors,status"
+                    raise LogError(f"{path}: {error!s} in {row}: expected {wanted}") from None
     except OSError as error:
         raise LogError(f"cannot read {path}: {error.strerror}") from error
     except (UnicodeDecodeError, csv.Error) as error:
         raise LogError(f"{path}: not a table of comma-separated values ({error})") from None
-    if not records:
+    if not any(record.date for record in records if record.status == "record"):
         raise LogError(f"{path} has no record with a date")
     return records
 
@@ -248,16 +257,21 @@ def leaps(records: list[Record]) -> list[Record]:
 
 
 def draw_history(records: list[Record]) -> Figure:
-    """Time to target over date, one point per record, a step line for the best so far, the leaps named."""
+    """Time to target over date, one point per dated record, a step line for the best so far, the leaps named.
+
+    What is not a record is a hollow point, or a line of the legend where its date is not known.
+    """
     figure = new_figure(1600 / 150, 700 / 150)
     panel = figure.subplots()
     figure.subplots_adjust(left=0.08, right=0.985, bottom=0.075, top=0.975)
+    others = [r for r in records if r.status != "record"]
+    records = [r for r in records if r.status == "record" and r.date]
     tracks = {track: [r for r in records if r.track == track] for track in dict.fromkeys(r.track for r in records)}
-    dates = [r.date for r in records]
+    dates = [r.date for r in [*records, *others] if r.date]
     span = max(dates) - min(dates)
     panel.set_xlim(min(dates) - 0.24 * span, max(dates) + 0.03 * span)
     panel.set_yscale("log")
-    panel.set_ylim(0.5 * min(r.seconds for r in records), 1.5 * max(r.seconds for r in records))
+    panel.set_ylim(0.5 * min(r.seconds for r in [*records, *others]), 1.5 * max(r.seconds for r in records))
     panel.yaxis.set_major_locator(ticker().FixedLocator(TICKS))
     panel.yaxis.set_major_formatter(lambda value, _: duration(value))
     panel.yaxis.set_minor_locator(ticker().NullLocator())
@@ -271,7 +285,15 @@ def draw_history(records: list[Record]) -> Figure:
         panel.step(days, best, where="post", color=COLOURS[i], linewidth=1.4)
         panel.plot(days, [r.seconds for r in rows], "o", color=COLOURS[i], markersize=4, label=label)
         above = len(tracks) > 1 and track == slowest
-        place([name_leap(panel, r, above, COLOURS[i]) for r in leaps(rows)], above)
+        mine = [r for r in others if r.track == track]
+        dated = [r for r in mine if r.date]
+        panel.plot(
+            [r.date for r in dated], [r.seconds for r in dated], "o", color=COLOURS[i], mfc="white", markersize=5
+        )
+        for r in mine:
+            if not r.date:
+                panel.plot([], [], " ", label=f"#{r.number}, {r.status}: {duration(r.seconds)}, day not known")
+        place([name_leap(panel, r, above, COLOURS[i]) for r in [*leaps(rows), *dated]], above)
     panel.legend(frameon=False, loc="upper right", fontsize=10)
     return figure
 
@@ -280,7 +302,7 @@ def name_leap(panel: Axes, record: Record, above: bool, colour: str) -> Annotati
     """The name of a record: right above the uppermost curve or left below another, where a falling curve never is."""
     line = {"arrowstyle": "-", "color": colour, "alpha": 0.6, "linewidth": 0.8, "shrinkA": 0, "shrinkB": 2}
     return panel.annotate(
-        record.change.split(";")[0],
+        record.title,
         (record.date, record.seconds),
         xytext=(8, 5) if above else (-12, -8),
         textcoords="offset points",

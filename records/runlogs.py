@@ -6,7 +6,11 @@ A log is the source text, a line of `=`, versions, device and settings, again `=
     step:251/1765 train_time:12394ms step_avg:49.38ms
 
 Also read: times in seconds, no total, no average, averages of `nan` while the first steps are not timed, and the
-`s:250 tel:4.1234` lines of llm.c. Lines that do not begin like an event (warnings, notes) are kept as `notes`.
+`s:250 tel:4.1234` lines of llm.c. Towards its end a log names the shards that were read:
+
+    data: nano_train_000001.bin 30946110 tokens sha256 39582df2...
+
+Lines that are neither (warnings, notes) are kept as `notes`.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ from pathlib import Path
 
 SEPARATOR = re.compile(r"^={80,}[ \t]*\r?$", re.MULTILINE)
 EVENT = re.compile(r"^\s*(?:step|s)\s*:\s*\d")  # a line that has to parse
+DATA = re.compile(r"data: (\S+) (\d+) tokens sha256 ([0-9a-f]{64})")
 STEP = re.compile(r"(\d+)(?:/(\d+))?")
 TIME = re.compile(r"(nan|inf|\d+(?:\.\d*)?(?:e[+-]?\d+)?)(ms|s)?")
 VAL_LOSS, TRAIN_LOSS = ("val_loss", "val", "tel"), ("train_loss", "loss", "trl", "trn")
@@ -50,6 +55,7 @@ class Log:
     settings: dict[str, str]  # `key: value` lines of the environment, such as "data.val_tokens"
     events: list[Event]
     notes: list[str] = field(default_factory=list)  # other lines after the environment
+    data: dict[str, tuple[int, str]] = field(default_factory=dict)  # tokens and SHA-256 of each shard, in order
 
     @property
     def val(self) -> list[Event]:
@@ -112,17 +118,19 @@ def parse_log(path: str | Path) -> Log:
     source = text[: separators[0].start()] if separators else ""
     environment = text[separators[0].end() : separators[-1].start()] if len(separators) > 1 else ""
     begin = separators[-1].end() if separators else 0
-    events, notes = [], []
+    events, notes, data = [], [], {}
     for number, line in enumerate(text[begin:].split("\n"), start=text.count("\n", 0, begin) + 1):
         if EVENT.match(line):
             try:
                 events.append(parse_event(line, number))
             except ValueError as error:
                 raise LogError(f"{path}, line {number}: {error}: {line.strip()[:120]!r}") from None
+        elif (match := DATA.fullmatch(line.strip())) and match[1] not in data:
+            data[match[1]] = int(match[2]), match[3]
         elif line.strip():
             notes.append(line.strip())
     settings = dict(match.groups() for match in re.finditer(r"^(\w[\w.]*): (.*?)\s*$", environment, re.MULTILINE))
-    return Log(path, source if source.strip() else None, environment, settings, events, notes)
+    return Log(path, source if source.strip() else None, environment, settings, events, notes, data)
 
 
 def parse_event(line: str, number: int) -> Event:

@@ -39,7 +39,7 @@ def leaderboard(folder: Path = RECORDS) -> str:
     rows = []
     for track in sorted(path for path in folder.iterdir() if path.is_dir()):
         records = {
-            record.name: [parse_log(path) for path in sorted(record.glob("*.txt"))]
+            record.name: [log for log in map(parse_log, sorted(record.glob("*.txt"))) if log.events]
             for record in track.iterdir()
             if FOLDER.fullmatch(record.name)
         }
@@ -72,10 +72,12 @@ def row_of(logs: list[Log]) -> tuple[str, ...]:
 
 
 def history(track: str) -> str:
-    """The public records of a track, the newest first."""
+    """The public records of a track and what came after them, the newest first."""
     with open(RECORDS / "history.csv", newline="", encoding="utf-8") as file:
         records = [row for row in csv.DictReader(file) if row["track"] == track]
-    rows = [(r["record"], f"{float(r['seconds']):g}", r["date"], r["change"], r["contributors"]) for r in records]
+    names = [r["record"] + ("" if r["status"] == "record" else f", {r['status']}") for r in records]
+    cells = [(f"{float(r['seconds']):g}", r["date"], r["change"], r["contributors"]) for r in records]
+    rows = [(name, *others) for name, others in zip(names, cells, strict=True)]
     return markdown(("#", "seconds", "date", "change", "by"), rows[::-1])
 
 

@@ -313,17 +313,34 @@ def test_the_same_logs_give_the_same_bytes(tmp_path: Path, command):
 # ---- history ----
 
 
-def test_the_history_has_a_point_for_each_dated_record(tmp_path: Path):
+def test_the_history_has_a_point_for_each_dated_record():
     rows = [line.split(",") for line in plot.HISTORY.read_text(encoding="utf-8").splitlines()[1:]]
     records = read_history(plot.HISTORY)
-    assert len(records) == sum(row[3] != "" for row in rows) > 100
+    assert len(records) == len(rows) and sum(r.date is not None for r in records) == sum(row[3] != "" for row in rows)
     (panel,) = draw_history(records).axes
     points = [line for line in panel.get_lines() if line.get_marker() == "o"]
-    assert sum(len(line.get_xdata()) for line in points) == len(records)
-    small = [(r.date, r.seconds) for r in records if r.track == "small"]
+    assert sum(len(line.get_xdata()) for line in points) == sum(r.date is not None for r in records) > 100
+    small = [(r.date, r.seconds) for r in records if r.track == "small" and r.status == "record"]
     assert list(zip(points[0].get_xdata(), points[0].get_ydata(), strict=True)) == small
-    days = matplotlib.dates.date2num([r.date for r in records])
+    days = matplotlib.dates.date2num([r.date for r in records if r.date])
     assert panel.get_xlim()[0] < min(days) and panel.get_xlim()[1] > max(days)
+
+
+def test_what_is_no_record_is_drawn_as_what_it_is(tmp_path: Path):
+    """Catches: an open submission on the line of records or counted as one; one without a day that is left out."""
+    path = tmp_path / "history.csv"
+    lines = ["small,1,100,2026-01-02,first,,record", "small,2,80,2026-02-03,second,,record"]
+    lines += ["small,#7,70,,third,,merged after record 2", "small,#9,40,2026-03,fourth; more,,open submission"]
+    path.write_text("\n".join(["track,record,seconds,date,change,contributors,status", *lines]) + "\n")
+    records = read_history(path)
+    assert records[3] == Record("small", 9, 40.0, date(2026, 3, 15), "fourth; more", "open submission")
+    (panel,) = draw_history(records).axes
+    best, points, hollow, *_ = panel.get_lines()
+    assert [*best.get_ydata()] == [*points.get_ydata()] == [100, 80]
+    assert [*hollow.get_ydata()] == [40] and hollow.get_markerfacecolor() == "white"
+    assert {text.get_text() for text in panel.texts} == {"first", "second", "#9, open submission: fourth"}
+    legend = [text.get_text() for text in panel.get_legend().get_texts()]
+    assert legend == ["small: 100 s → 80 s in 2 records", "#7, merged after record 2: 70 s, day not known"]
 
 
 def test_the_history_is_drawn_at_the_size_of_a_readme(tmp_path: Path, command):
@@ -368,15 +385,16 @@ def test_leaps_are_the_first_the_last_the_large_and_the_largest_of_each_quarter(
     ("rows", "message"),
     [
         ("", "no record with a date"),
-        ("small,1,2700.0,,baseline,", "no record with a date"),
-        ("small,1,fast,2024-05-28,baseline,", "could not convert"),
-        ("small,1,-3,2024-05-28,baseline,", "-3 seconds"),
-        ("small,1,2700.0,28 May,baseline,", "Invalid isoformat"),
-        ("small,1", "expected track,record,seconds,date,change"),
+        ("small,1,2700.0,,baseline,,record", "no record with a date"),
+        ("small,#1,2700.0,2024-05-28,baseline,,open submission", "no record with a date"),
+        ("small,1,fast,2024-05-28,baseline,,record", "could not convert"),
+        ("small,1,-3,2024-05-28,baseline,,record", "-3 seconds"),
+        ("small,1,2700.0,28 May,baseline,,record", "Invalid isoformat"),
+        ("small,1", "expected track,record,seconds,date,change,contributors,status"),
     ],
 )
 def test_a_bad_history_is_a_message(tmp_path: Path, rows: str, message: str):
-    (tmp_path / "history.csv").write_text(f"track,record,seconds,date,change,contributors\n{rows}\n")
+    (tmp_path / "history.csv").write_text(f"track,record,seconds,date,change,contributors,status\n{rows}\n")
     with pytest.raises(LogError, match=message):
         read_history(tmp_path / "history.csv")
     with pytest.raises(LogError, match="cannot read"):

@@ -2,9 +2,11 @@
 
 import ast
 import json
+import shutil
 import subprocess
 import sys
-from functools import cache
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -12,14 +14,24 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+import accepted
+import cached_fineweb10B
+import nano
+import train_gpt
+from accepted import Accepted, Competition, Form
 from records import check
 from runlogs import Log, LogError, parse_log
-from train_gpt import NANO, SMALL
+from train_gpt import NANO
 
 REPO = Path(__file__).resolve().parents[1]
 SCRIPT = REPO / "records" / "check.py"
+OFFICIAL = accepted.ACCEPTED
 TRAIN_GPT = REPO / "train_gpt.py"
-SOURCE = TRAIN_GPT.read_text(encoding="utf-8")
+REAL_SOURCE = TRAIN_GPT.read_text(encoding="utf-8")
+# The numbers below are chosen for a target of 1.22, whatever the track's is.
+SOURCE = REAL_SOURCE.replace(
+    f'name="nano",\n    target_loss={NANO.target_loss},', 'name="nano",\n    target_loss=1.22,'
+)
 TRACKS = SOURCE[SOURCE.index("SMALL = Track(") : SOURCE.index("# Hot operations")]
 EXCERPT = "\n".join(  # the parts that rules are about: judged four times as fast as the whole
     (
@@ -30,8 +42,27 @@ EXCERPT = "\n".join(  # the parts that rules are about: judged four times as fas
 )
 LINE = "=" * 100
 CPU = "CPU: AMD EPYC, 2 threads, AVX512"
+PINS = {"nano_val_000000.bin": "a" * 64, "nano_train_000001.bin": "b" * 64}
+OLD_PINS = {"nano_val_000000.bin": "c" * 64, "nano_train_000001.bin": "d" * 64}
+NANO_NOW = Competition("nano", "nano", 1.22, 524288, 256, "nano", PINS)
+CLOSED = replace(NANO_NOW, name="nano, until 2026-01-01: other bytes", shards=OLD_PINS)
+FIRST = replace(
+    NANO_NOW, name="nano, until 2025-01-01: another target", target_loss=1.4, shards={"nano_val_000000.bin": "e" * 64}
+)
+SMALL = Competition("small", "small", 3.28, 10485760, 50256, "fineweb10B")
 LOSSES = (1.0812, 1.0790, 1.0835)
 SLOW, FAST = (20.0, 20.2, 20.1), (10.0, 10.3, 10.1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def official(tmp_path_factory) -> Iterator[Path]:
+    """An accepted.json of fixed numbers with the data code of train_gpt.py as it is."""
+    path = tmp_path_factory.mktemp("official") / "accepted.json"
+    form = Form("2026-02-03", "that of this moment", accepted.data_code(TRAIN_GPT))
+    path.write_text(json.dumps(asdict(Accepted([SMALL, NANO_NOW, CLOSED, FIRST], [form]))))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(accepted, "ACCEPTED", path)
+        yield path
 
 
 def event_lines(loss: float, seconds: float, steps: int = 12) -> list[str]:
@@ -46,7 +77,9 @@ def event_lines(loss: float, seconds: float, steps: int = 12) -> list[str]:
     return [*lines, f"step:{steps}/{steps} val_loss:{loss:.4f} {clock}"]
 
 
-def make_log(path, seed=0, loss=1.08, seconds=10.0, source=EXCERPT, lines=None, environment=CPU, **changes) -> Path:
+def make_log(
+    path, seed=0, loss=1.08, seconds=10.0, source=EXCERPT, lines=None, environment=CPU, data=PINS, **changes
+) -> Path:
     """A log as train_gpt.py writes it. `changes` replaces settings ("data__bos" for data.bos); None drops one."""
     values = {
         "name": "nano",
@@ -62,7 +95,8 @@ def make_log(path, seed=0, loss=1.08, seconds=10.0, source=EXCERPT, lines=None, 
     header = ["Running Python 3.11", "Device: cpu x 1, dtype float32, compile False", environment]
     header += [f"{key}: {value}" for key, value in values.items() if value is not None]
     lines = event_lines(loss, seconds) if lines is None else lines
-    end = ["peak memory allocated: 100 MiB reserved: 200 MiB"]
+    end = [f"data: {name} 100 tokens sha256 {sha256}" for name, sha256 in data.items()]
+    end.append("peak memory allocated: 100 MiB reserved: 200 MiB")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join([source, LINE, *header, LINE, *lines, *end]) + "\n", encoding="utf-8")
     return path
@@ -91,11 +125,6 @@ def run_json(capsys, *arguments: str | Path) -> dict:
 
 def rules(result: dict) -> set[str]:
     return {broken["rule"] for broken in result["broken"]}
-
-
-@cache
-def reference() -> check.Reference:
-    return check.Reference.read(TRAIN_GPT)
 
 
 def log_of(tmp_path: Path, **changes) -> Log:
@@ -145,7 +174,8 @@ def test_statistics_of_a_set(tmp_path, capsys):
     make_set(tmp_path, source=SOURCE)
     result = run_json(capsys, tmp_path)
     assert result["passed"] is True and result["verdict"] == "pass" and result["broken"] == []
-    assert (result["track"], result["target"], result["n"]) == ("nano", NANO.target_loss, 3)
+    assert (result["track"], result["competition"], result["target"], result["n"]) == ("nano", "nano", 1.22, 3)
+    assert result["data"] == "verified"
     assert result["losses"] == list(LOSSES) and result["times"] == list(FAST)
     assert result["mean"] == pytest.approx(1.0812333333)
     assert result["std"] == pytest.approx(0.0022502, abs=1e-6)  # ddof = 1
@@ -363,12 +393,21 @@ def test_clock_of_old_public_logs(tmp_path):
 def test_validation_is_broken(tmp_path, old, new, changes, reason):
     assert TRACKS.count(old) == 1 or not old
     log = log_of(tmp_path, source=TRACKS.replace(old, new) if old else TRACKS, **changes)
-    found = list(check.validation(log, ast.parse(log.source), NANO))
+    found = list(check.validation(log, ast.parse(log.source), NANO_NOW))
     assert any(reason in text for text in found), found
     honest = log_of(tmp_path, source=TRACKS)
-    assert list(check.validation(honest, ast.parse(TRACKS), NANO)) == []
-    small = {"name": "small", "target_loss": 3.28, "data__bos": 50256, "data__val_tokens": 10485760}
-    assert list(check.validation(log_of(tmp_path, source=TRACKS, **small), ast.parse(TRACKS), SMALL)) == []
+    assert list(check.validation(honest, ast.parse(TRACKS), NANO_NOW)) == []
+
+
+@pytest.mark.parametrize(("name", "target"), [("small", 3.28), ("medium", 2.92), ("xl", 2.77)])
+def test_validation_of_tracks_that_share_their_data(tmp_path, name, target):
+    """Catches: `medium` and `xl`, whose data are replace(SMALL.data, ...), never pass; or pass with other numbers."""
+    competition = replace(SMALL, name=name, track=name, target_loss=target)
+    settings = {"name": name, "target_loss": target, "data__bos": 50256, "data__val_tokens": 10485760}
+    log = log_of(tmp_path, source=TRACKS, **settings)
+    assert list(check.validation(log, ast.parse(TRACKS), competition)) == []
+    forged = TRACKS.replace("val_tokens=10_485_760", "val_tokens=1024")
+    assert any("val_tokens is not 10485760" in r for r in check.validation(log, ast.parse(forged), competition))
 
 
 def test_duplicates(tmp_path, capsys):
@@ -552,15 +591,16 @@ def test_options_in_the_real_source_are_found(tmp_path, capsys):
 
 
 def data_reasons(source: str) -> list[str]:
-    return list(check.data(ast.parse(source), reference()))
+    return list(check.data(ast.parse(source), Accepted.read().data_code))
 
 
 def test_data_of_the_real_source():
     """The file, and the file followed by the baseline's: what its log starts with."""
     baseline = (REPO / "tests" / "benchmarks" / "gpt2_baseline.py").read_text(encoding="utf-8")
     assert data_reasons(SOURCE) == data_reasons(f"{SOURCE}\n{baseline}") == data_reasons(EXCERPT) == []
-    assert {"Shard", "Loader", "make_row", "validation_rows", "SHARD_MAGIC", "HEADER_INTS"} <= {*reference().statements}
-    assert "Trainer" not in reference().statements
+    names = Accepted.read().data_code[0].digests.keys()
+    assert {"Shard", "Loader", "make_row", "validation_rows", "SHARD_MAGIC", "HEADER_INTS", "Trainer.validate"} <= names
+    assert "Trainer" not in names
 
 
 def test_data_may_move_and_change_its_comments():
@@ -627,18 +667,227 @@ def test_data_of_other_programs(tmp_path, capsys):
     assert rules(result) == {"data", "validation"}
 
 
-def test_reference(tmp_path, capsys):
-    """Another reference judges by its own code; one without the section is refused."""
-    other = tmp_path / "other.py"
-    other.write_text(SOURCE.replace("n = data.val_row_tokens", "n = 2 * data.val_row_tokens"))
-    paths = make_set(tmp_path / "logs")
-    result = run_json(capsys, *paths, "--reference", other)
-    assert rules(result) == {"data"} and result["broken"][0]["reason"].startswith("validation_rows")
+def test_accept(tmp_path, capsys, monkeypatch):
+    """Catches: old logs that fail after a change of the data code was accepted, new ones that pass before."""
+    monkeypatch.setattr(accepted, "REPO", tmp_path)
+    monkeypatch.setattr(accepted, "ACCEPTED", shutil.copy(accepted.ACCEPTED, tmp_path / "accepted.json"))
+    changed = SOURCE.replace("n = data.val_row_tokens", "n = 2 * data.val_row_tokens")
+    (tmp_path / "train_gpt.py").write_text(changed)
+    old, new = make_set(tmp_path / "old", source=SOURCE), make_set(tmp_path / "new", source=changed)
+    result = run_json(capsys, *new)
+    assert rules(result) == {"data"}
+    assert result["broken"][0]["reason"].endswith("differs from the form accepted on 2026-02-03: that of this moment")
+    code, out, err = run(capsys, "--accept", "longer rows")
+    assert code == 0 and out.startswith("accepted: ") and not err
+    assert run_json(capsys, *old)["passed"] and run_json(capsys, *new)["passed"]
+    assert [form.why for form in Accepted.read().data_code] == ["that of this moment", "longer rows"]
+    code, out, _ = run(capsys, "--accept", "again")
+    assert code == 0 and "already: longer rows" in out and len(Accepted.read().data_code) == 2
+
+    mixed = changed.replace("CHUNK = 1 << 20", "CHUNK = 1 << 21")
+    reasons = data_reasons(mixed)
+    assert len(reasons) == 1 and "Shard (line" in reasons[0] and reasons[0].endswith(": longer rows")
     for text in ("pass", "def (", "\0"):
-        other.write_text(text)
-        code, _, err = run(capsys, *paths, "--reference", other)
-        assert code == 2 and str(other) in err
-    assert run(capsys, *paths, "--reference", tmp_path / "none.py")[0] == 2
+        (tmp_path / "train_gpt.py").write_text(text)
+        code, _, err = run(capsys, "--accept", "nothing")
+        assert code == 2 and "train_gpt.py" in err
+    (tmp_path / "accepted.json").write_text("[]")
+    code, _, err = run(capsys, *old)
+    assert code == 2 and "accepted.json: cannot be read" in err
+    code, _, err = run(capsys)
+    assert code == 2 and "expected logs" in err
+
+
+def test_the_form_of_the_moment_is_accepted():
+    """Catches: a change of the data code, of a target or of the data without an entry in accepted.json."""
+    found = json.loads(OFFICIAL.read_text())
+    assert accepted.data_code(TRAIN_GPT) in [form["digests"] for form in found["data_code"]], (
+        "look at the change, then: python records/check.py --accept WHY"
+    )
+    official = {entry["name"]: Competition(**entry) for entry in found["competitions"]}
+    assert [*official][:4] == ["small", "medium", "xl", "nano"]
+    for track in (train_gpt.SMALL, train_gpt.MEDIUM, train_gpt.XL, NANO):
+        pins = [nano.VAL_SHARD, nano.TRAIN_SHARD] if track is NANO else []
+        data = track.data
+        numbers = (track.target_loss, data.val_tokens, data.bos, data.dataset)
+        shards = {name: nano.PINNED_SHA256[name] for name in pins}
+        assert official[track.name] == Competition(track.name, track.name, *numbers, shards)
+
+
+PUBLISHED = sorted(path for path in (REPO / "records").rglob("20??-??-??_*") if path.is_dir())
+
+
+@pytest.mark.parametrize("folder", PUBLISHED, ids=lambda path: path.name)
+def test_published_records_keep_their_rules(folder, capsys, monkeypatch):
+    """Catches: a published log that a change of train_gpt.py, of the judge or of Python's version makes an offender."""
+    monkeypatch.setattr(accepted, "ACCEPTED", OFFICIAL)
+    logs = sorted(folder.glob("*.txt"))[:2]
+    known = {"2026-11-21_gpt2_tuned": {"options"}}  # its README says why
+    assert rules(run_json(capsys, *logs)) == known.get(folder.name, set())
+
+
+# What does not depend on the version of Python
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "equal"),
+    [
+        (
+            "def f(a, b):\n    return a + b",
+            "def f(\n    a,\n    b,\n):\n    'Adds.'\n    # both\n    return (a + b)",
+            True,
+        ),
+        ("class A:\n    'Nothing.'", "class A:\n    pass", True),
+        ("x = 'a' 'b'; y = u'c'", "x = \"ab\"; y = 'c'", True),
+        ("x = f'{a!r:>{n}}b'", 'x = f"{a!r:>{n}}" "b"', True),
+        ("x = f'{a}'", "x = f'{a:{b}}'", False),
+        ("x = 1", "x = 1.0", False),
+        ("x = 1", "x = True", False),
+        ("x = 'None'", "x = None", False),
+        ("x = {**a}", "x = {None: a}", False),
+        ("def f(*, a=None, b): pass", "def f(*, a, b=None): pass", False),
+        ("def f(a): pass", "async def f(a): pass", False),
+        ("x = ()", "x = []", False),
+        ("def f():\n    return", "def f():\n    return None", False),
+    ],
+)
+def test_canonical_text(one, other, equal):
+    texts = [accepted.canonical(ast.parse(source).body) for source in (one, other)]
+    assert (texts[0] == texts[1]) == equal
+
+
+def test_digests_are_those_of_other_versions_of_python():
+    """Catches: a digest with fields that a version of Python adds. Compares as many versions as this machine has."""
+    script = "import accepted, ast, sys; print(*map(accepted.digest, ast.parse(sys.stdin.read()).body))"
+    text = f"{REAL_SOURCE}\nx = f'{{a:{{n}}}} {{b=!r:>{{n}}}}'\n"
+    here = [accepted.digest(statement) for statement in ast.parse(text).body]
+    others = [f"python3.{minor}" for minor in (11, 12, 13, 14) if minor != sys.version_info.minor]
+    found = []
+    for command in filter(shutil.which, others):
+        done = subprocess.run(
+            [command, "-X", "utf8", "-c", script],
+            cwd=REPO / "records",
+            input=text,
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode == 0:
+            found.append(done.stdout.split())
+    if not found:
+        pytest.skip("there is no other version of Python here")
+    assert all(digests == here for digests in found)
+
+
+# The shards that were read
+
+
+def test_data_lines_are_read(tmp_path):
+    lines = [*event_lines(1.08, 10.0), f"data: a.bin 7 tokens sha256 {'0' * 64}", "data: b.bin 7 tokens sha256 12"]
+    log = parse_log(make_log(tmp_path / "run.txt", lines=[*lines, f"data: a.bin 7 tokens sha256 {'1' * 64}"]))
+    assert [*log.data] == ["a.bin", *PINS] and log.data["a.bin"] == (7, "0" * 64)
+    assert [note.split()[1] for note in log.notes[:-1]] == ["b.bin", "a.bin"]  # what is cut off, or a second time
+
+
+TRAIN, VAL = "nano_train_000001.bin", "nano_val_000000.bin"
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (PINS | {TRAIN: "e" * 64}, f"{TRAIN} has SHA-256 {'e' * 64}, officially {'b' * 64}"),
+        (PINS | {VAL: "e" * 64}, f"{VAL} has SHA-256 {'e' * 64}, officially {'a' * 64}"),
+        (PINS | {"nano_train_000002.bin": "b" * 64}, "read nano_train_000002.bin: not of the official data"),
+        ({"tuning_val_000000.bin": "a" * 64, **PINS}, "read tuning_val_000000.bin: not of the official data"),
+        ({TRAIN: PINS[TRAIN]}, f"its val shards are none, expected {VAL}"),
+        ({VAL: PINS[VAL]}, f"its train shards are none, expected {TRAIN}"),
+        (PINS | {TRAIN: "b" * 60}, f"found 'data: {TRAIN} 100 tokens sha256 bbb"),
+    ],
+)
+def test_shards_that_are_not_the_official_ones(tmp_path, capsys, data, reason):
+    result = run_json(capsys, *make_set(tmp_path, data=data))
+    assert rules(result) == {"data"} and any(reason in broken["reason"] for broken in result["broken"]), result[
+        "broken"
+    ]
+    assert result["verdict"].startswith("fail: ") and result["data"].startswith("not verified")
+
+
+def test_logs_of_a_set_read_the_same(tmp_path, capsys):
+    paths = make_set(tmp_path)
+    paths[1].write_text(paths[1].read_text().replace("100 tokens", "101 tokens"))
+    result = run_json(capsys, *paths)
+    assert [b["reason"] for b in result["broken"]] == [f"its data lines differ from those of {paths[0]}"]
+    paths = [*make_set(tmp_path)[:2], make_log(tmp_path / "2.txt", 2, data={})]
+    assert rules(run_json(capsys, *paths)) == {"data", "track"}  # the last one is of the closed competition
+
+
+def test_repeated_data_do_not_compare(tmp_path, capsys):
+    result = run_json(capsys, *make_set(tmp_path, data__epochs=2))
+    assert rules(result) == {"data"} and "data.epochs is 2" in result["broken"][0]["reason"]
+    assert run_json(capsys, *make_set(tmp_path, data__epochs=1))["passed"]
+
+
+def test_shards_of_fineweb_are_those_of_the_sidecar(tmp_path, monkeypatch):
+    """Known ones have to be right; of others the verdict says that they are unverified; the order is the dataset's."""
+    dataset = cached_fineweb10B.DATASETS["fineweb10B"]
+    val, *train = names = dataset.shard_names(3)
+    monkeypatch.setattr(accepted, "REPO", tmp_path)
+    sha256 = {name: f"{i:064x}" for i, name in enumerate(names)}
+    settings = {"name": "small", "target_loss": 3.28, "data__bos": 50256, "data__val_tokens": 10485760}
+
+    def judged(*read: str, **other: str) -> tuple[list[str], str]:
+        log = log_of(tmp_path, data={name: sha256[name] for name in read} | other, **settings)
+        reasons = list(check.shards(log, SMALL.official_shards()))
+        broken = [check.Broken("", "data", reason) for reason in reasons]
+        return reasons, check.data_state([log], SMALL, broken).partition(":")[0]
+
+    assert judged(val, *train) == ([], "unverified")  # nothing was downloaded here
+    folder = tmp_path / "data" / "fineweb10B"
+    folder.mkdir(parents=True)
+    shards = {name: {"sha256": sha256[name], "size": 1, "mtime_ns": 1} for name in names}
+    sidecar = {"repo": dataset.repo, "shards": shards}
+    (folder / "sha256.json").write_text(json.dumps(sidecar))
+    assert judged(val, *train) == judged(*train[:2], val) == ([], "verified")
+    assert judged() == ([], "unverified")
+    assert judged(val, train[1], train[0])[0] == [
+        f"its train shards are {train[1]}, {train[0]}, expected {train[0]} and what follows, in order"
+    ]
+    assert "expected fineweb_train_000001.bin" in judged(val, *train[1:])[0][0]
+    reasons, state = judged(val, *train, **{"finewebedu_train_000004.bin": "0" * 64})
+    assert "finewebedu_train_000004.bin: not of the official data" in reasons[0] and state == "not verified"
+    assert judged(val, **{train[0]: "f" * 64})[0][0].startswith(f"{train[0]} has SHA-256 fff")
+    assert judged(val, *train, **{"fineweb_train_000004.bin": "f" * 64}) == ([], "unverified")
+    (folder / "sha256.json").write_text(json.dumps(sidecar | {"repo": "another"}))
+    assert judged(val, *train) == ([], "unverified")
+
+
+# Competitions that are closed
+
+
+def test_a_log_is_judged_by_the_competition_of_its_time(tmp_path, capsys):
+    """Catches: an old log that is held against today's target or data, or passes for one of today's."""
+    old = {"target_loss": 1.4, "source": EXCERPT.replace("target_loss=1.22", "target_loss=1.4"), "data": {}}
+    code, out, _ = run(capsys, *make_set(tmp_path / "first", (1.31, 1.32, 1.33), **old))
+    assert code == 0 and out.endswith("\npass, data unverified\n") and "target 1.4" in out
+    assert f"a competition that is closed: {FIRST.name}\n" in out
+    result = run_json(capsys, *make_set(tmp_path / "closed", data={}))
+    assert (result["competition"], result["data"][:10]) == (CLOSED.name, "unverified") and result["passed"]
+    result = run_json(capsys, *make_set(tmp_path / "shards", data=OLD_PINS))
+    assert (result["competition"], result["data"]) == (CLOSED.name, "verified") and result["passed"]
+    assert run_json(capsys, *make_set(tmp_path / "now"))["competition"] == "nano"
+    # Nothing beside a log changes what it is judged by.
+    own = make_set(tmp_path / "own", (1.31, 1.32, 1.33), target_loss=1.5)
+    (tmp_path / "own" / "accepted.json").write_text(json.dumps(asdict(replace(NANO_NOW, target_loss=1.5))))
+    (tmp_path / "own" / "README.md").write_text("target_loss: 1.5")
+    result = run_json(capsys, tmp_path / "own")
+    assert result["target"] == 1.22 and not result["passed"] and "validation" in rules(result)
+    assert len(own) == result["n"]
+
+
+def test_competitions_are_not_mixed(tmp_path, capsys):
+    ours, theirs = make_set(tmp_path / "ours"), make_set(tmp_path / "theirs", times=SLOW, data=OLD_PINS)
+    result = run_json(capsys, *ours, "--against", *theirs)
+    assert rules(result) == {"track"} and len(result["broken"]) == 3
+    assert result["broken"][0]["reason"] == f"its competition is '{CLOSED.name}', not 'nano'"
 
 
 # Logs of other programs, and what is no log
@@ -700,7 +949,7 @@ def test_user_errors(tmp_path, capsys):
             code, out, err = run(capsys, *arguments)
             assert (code, out) == (2, "") and reason in err and name in err and err.count("\n") == 1
     code, _, err = run(capsys, good, "--track", "giant")
-    assert code == 2 and "unknown track 'giant'; there are: medium, nano, small, xl" in err
+    assert code == 2 and "unknown track 'giant'; there are: nano, small" in err
     lines = event_lines(1.08, 10.0)[:-1]
     code, _, err = run(capsys, make_log(tmp_path / "short.txt", lines=lines, source="pass"))
     assert code == 2 and "short.txt: no finite loss" in err
@@ -742,8 +991,8 @@ run = torch.compile(train, dynamic=False)
 
 def judge_all(log: Log, other: Log) -> list:
     """Every rule, on a log that may be anything."""
-    reference = check.Reference({"SHARD_MAGIC": "", "HEADER_INTS": ""}, "")
-    broken = check.broken_rules([log, other], [log, other], NANO, True, reference)
+    forms = [Form("2026-02-03", "", {"SHARD_MAGIC": "", "HEADER_INTS": "", "Trainer.validate": ""})]
+    broken = check.broken_rules([log, other], [log, other], NANO_NOW, True, Accepted([NANO_NOW, CLOSED], forms))
     losses, times = check.final_values([log, other])
     check.p_below(losses, 1.22)
     check.compare(losses, times, [other, log])
@@ -779,12 +1028,46 @@ def test_mutated_logs_never_crash(tmp_path, data):
         json.dumps([broken.reason for broken in judge_all(log, whole)])
 
 
+def test_files_of_a_folder_that_are_no_logs_are_passed_over(tmp_path, capsys):
+    """Catches: notes beside logs that stop the judge; a folder without a log, or a file that is named, passed over."""
+    make_set(tmp_path / "logs")
+    notes = tmp_path / "logs" / "notes.txt"
+    notes.write_text("seed 3 was slow\n")
+    result = run_json(capsys, tmp_path / "logs")
+    assert result["passed"] and result["n"] == 3 and result["passed_over"] == [str(notes)]
+    code, out, _ = run(capsys, tmp_path / "logs")
+    assert code == 0 and out.startswith(f"passed over, they have no steps: {notes}\n")
+    code, out, err = run(capsys, tmp_path / "logs" / "0.txt", notes)
+    assert code == 2 and not out and "notes.txt: no line such as" in err
+    (tmp_path / "none").mkdir()
+    shutil.copy(notes, tmp_path / "none" / "notes.txt")
+    code, _, err = run(capsys, tmp_path / "none")
+    assert code == 2 and "none: no line such as" in err
+
+
+def test_an_offence_of_many_logs_is_one_line(tmp_path, capsys):
+    """Catches: fifty lines about ten logs of another program."""
+    for i in range(10):
+        path = tmp_path / f"{i}.txt"
+        make_log(path, i, 3.2 + i / 1000, 10.0 + i, source="import torch", name=None, environment="", data={})
+    command = (tmp_path, "--track", "small")
+    code, out, _ = run(capsys, *command)
+    offences = [line for line in out.splitlines() if line.startswith("[")]
+    assert code == 1 and len(offences) == len({*offences}) == 5
+    assert all(f"] 10 logs ({tmp_path / '0.txt'}, {tmp_path / '1.txt'}, …): " in line for line in offences)
+    result = run_json(capsys, *command)
+    assert len(result["broken"]) == 50 and "50 offences against data, validation" in out
+
+
 def test_as_a_user_starts_it(tmp_path):
-    """From another folder: exit codes 0 and 2, a message instead of a traceback."""
-    make_set(tmp_path / "logs", source=SOURCE)
+    """From another folder, by the real accepted.json: exit codes 0 and 2, a message instead of a traceback."""
+    target = NANO.target_loss
+    pins = {name: nano.PINNED_SHA256[name] for name in (nano.VAL_SHARD, nano.TRAIN_SHARD)}
+    losses = [target - 0.1, target - 0.11, target - 0.12]
+    make_set(tmp_path / "logs", losses, source=REAL_SOURCE, target_loss=target, data=pins)
     command = [sys.executable, str(SCRIPT)]
     done = subprocess.run([*command, "logs"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and done.stdout.endswith("pass\n") and not done.stderr
+    assert done.returncode == 0 and done.stdout.endswith("data verified\npass\n") and not done.stderr
     (tmp_path / "logs" / "3.txt").write_text("no log")
-    done = subprocess.run([*command, "logs"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*command, "logs/3.txt"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and done.stderr.startswith("records/check.py: error: ") and not done.stdout

@@ -49,6 +49,35 @@ def test_a_table_that_is_not_current_is_named(tmp_path, monkeypatch, capsys):
     assert run("--check") == 1
 
 
+def test_what_is_no_record_has_no_number_in_the_table():
+    """Catches: a merged or open submission that reads as a record of the race."""
+    rows = [row.split(" | ") for row in tables.history("small").splitlines()[2:]]
+    records = [row for row in rows if row[0].removeprefix("| ").isdigit()]
+    assert [int(row[0][2:]) for row in records] == list(range(89, 0, -1))
+    assert {row[0]: row[1] for row in rows if row not in records} == {
+        "| #360, open submission": "39.9",
+        "| #344, merged after record 89": "70",
+    }
+
+
+LINKS = (
+    "https://github.com/KellerJordan/modded-nanogpt",
+    "https://github.com/karpathy/llm.c",
+    "https://github.com/karpathy/nanoGPT",
+    "https://github.com/karpathy/nanochat",
+    "https://kellerjordan.github.io/posts/muon/",
+    "https://arxiv.org/abs/2510.05491",
+    "https://arxiv.org/abs/2505.16932",
+)
+
+
+@pytest.mark.parametrize("page", ["records/README.md", "LICENSE"])
+def test_sources_are_credited(page):
+    """Catches: a rewrite that loses where the race and its techniques come from."""
+    text = (REPO / page).read_text(encoding="utf-8")
+    assert [link for link in LINKS if link not in text] == []
+
+
 def test_the_leaderboard_is_made_of_logs(tmp_path):
     """Against scipy and plain means, from records that are made up. Only what was timed together is compared."""
     first, second = [1.20, 1.21, 1.19], [1.10, 1.12, 1.11]
@@ -57,6 +86,7 @@ def test_the_leaderboard_is_made_of_logs(tmp_path):
     write_record(tmp_path / "nano" / "2026-01-03_aside", "# On another machine", first, [30.0, 32.0, 28.0])
     write_record(tmp_path / "nano" / "2026-02-03_muon", f"# Muon\n\n{against}\n", second, [100.0, 90.0, 110.0])
     (tmp_path / "nano" / "ablation").mkdir()  # no record
+    (tmp_path / "nano" / "2026-02-03_muon" / "notes.txt").write_text("no log\n")
     *_, a, b, c = tables.leaderboard(tmp_path).splitlines()
     p, q = (stats.ttest_1samp(losses, 1.22, alternative="less").pvalue for losses in (first, second))
     cpu = "Some CPU @ 2 GHz, 2 threads"

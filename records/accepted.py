@@ -1,0 +1,193 @@
+"""What logs are judged by, which no log can change: accepted.json. `check.py --accept WHY` adds to it.
+
+It holds the competitions (target, validation tokens and, where they are pinned, the shards; closed ones stay, for the
+logs of their time) and the digests of every form that the code which reads data and validates has had.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import math
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from datetime import date
+from pathlib import Path
+
+from runlogs import Log, LogError
+
+REPO = Path(__file__).resolve().parents[1]
+ACCEPTED = Path(__file__).with_suffix(".json")
+BANNER = re.compile(r"^# -+\n# (.*)\n# -+$", re.MULTILINE)
+DEFINITION = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+
+
+@dataclass(frozen=True)
+class Competition:
+    """What the logs of a track are judged by."""
+
+    name: str  # that of the track, or what it was, for one that is closed
+    track: str
+    target_loss: float
+    val_tokens: int
+    bos: int
+    dataset: str
+    shards: dict[str, str] = field(default_factory=dict)  # SHA-256 by name, in order; empty: those of the hub
+
+    def numbers(self) -> dict[str, float]:
+        return {"val_tokens": self.val_tokens, "bos": self.bos, "target_loss": self.target_loss}
+
+    def unofficial(self, log: Log) -> Iterator[str]:
+        """Which of the settings of a log are not the official ones."""
+        for name, official in self.numbers().items():
+            key = name if name == "target_loss" else f"data.{name}"
+            if not equals(log.settings.get(key), official):
+                yield f"settings: {key} is {log.settings.get(key)}, officially {official}"
+
+    def fits(self, log: Log) -> bool:
+        """Whether a log has the official settings and, as far as it names its shards, one that is pinned."""
+        pinned = any(sha256 == self.shards.get(name) for name, (_, sha256) in log.data.items())
+        return not any(self.unofficial(log)) and (pinned or not self.shards or not log.data)
+
+    def official_shards(self) -> dict[str, str | None]:
+        """SHA-256 of all shards by name, in order; None where it is not known here.
+
+        Those of FineWeb are in the sidecar that data/cached_fineweb10B.py writes after it compared them with the hub's.
+        """
+        if self.shards:
+            return dict(self.shards)
+        sys.path.append(str(REPO / "data"))
+        from cached_fineweb10B import DATASETS, ShardError, read_sidecar
+
+        dataset = DATASETS[self.dataset]
+        try:
+            known = read_sidecar(REPO / "data" / self.dataset, dataset.repo)
+        except ShardError:  # the folder holds those of another dataset
+            known = {}
+        return {name: known.get(name, {}).get("sha256") for name in dataset.shard_names(dataset.num_train)}
+
+
+@dataclass(frozen=True)
+class Form:
+    """A form that the code which reads data and validates has had in train_gpt.py."""
+
+    date: str  # of its acceptance
+    why: str
+    digests: dict[str, str]  # by name, of `digest`
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """What accepted.json holds."""
+
+    competitions: list[Competition]  # of each track the open one, then closed ones, the oldest last
+    data_code: list[Form]  # the latest last
+
+    @staticmethod
+    def read() -> Accepted:
+        """Raises LogError where the file is not as it should be."""
+        try:
+            found = json.loads(ACCEPTED.read_text(encoding="utf-8"))
+            competitions = [Competition(**entry) for entry in found["competitions"]]
+            return Accepted(competitions, [Form(**entry) for entry in found["data_code"]])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise LogError(f"{ACCEPTED}: cannot be read ({error!r}): restore it") from error
+
+    def competition_of(self, log: Log, track: str) -> Competition | None:
+        """The oldest competition of this track that a log fits; None where it fits none.
+
+        The oldest, because logs have named their shards since the first competition was closed: one that names none is
+        not of a later one with the same target.
+        """
+        fitting = [c for c in self.competitions if c.track == track and c.fits(log)]
+        return fitting[-1] if fitting else None
+
+
+def equals(text: str | None, number: float) -> bool:
+    try:
+        return text is not None and float(text) == number
+    except ValueError:
+        return False
+
+
+def accept(why: str) -> str:
+    """Adds the data code of the repository's train_gpt.py to accepted.json. Returns what to say."""
+    digests, accepted = data_code(REPO / "train_gpt.py"), Accepted.read()
+    for form in accepted.data_code:
+        if form.digests == digests:
+            return f"accepted on {form.date} already: {form.why}"
+    accepted.data_code.append(Form(date.today().isoformat(), why, digests))
+    ACCEPTED.write_text(json.dumps(asdict(accepted), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return f"accepted: the data code of train_gpt.py, as form {len(accepted.data_code)} in {ACCEPTED}"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The code that reads data and validates
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def data_code(path: Path) -> dict[str, str]:
+    """Digests of the section "# Data: ..." of a train_gpt.py, by name, and of Trainer.validate.
+
+    Raises LogError where the file cannot be read or lacks them.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        tree = ast.parse(text)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise LogError(f"{path}: cannot be read as Python ({error})") from error
+    banners = [(text.count("\n", 0, m.start()) + 1, m[1]) for m in BANNER.finditer(text)]
+    begin = next((line for line, title in banners if title.startswith("Data: ")), math.inf)
+    end = next((line for line, _ in banners if line > begin), math.inf)
+    section = [statement for statement in tree.body if begin < statement.lineno < end]
+    digests = {name: digest(statement) for statement in section for name in bound_names(statement)}
+    validates = validates_of(tree.body)
+    if not digests or len(validates) != 1:
+        raise LogError(f"{path}: expected a section '# Data: ...' and one Trainer.validate")
+    return digests | {"Trainer.validate": digest(validates[0])}
+
+
+def validates_of(body: list[ast.stmt]) -> list[ast.stmt]:
+    """What binds `validate` in the classes of the name Trainer."""
+    trainers = [node for node in body if isinstance(node, ast.ClassDef) and node.name == "Trainer"]
+    return [part for node in trainers for part in node.body if "validate" in bound_names(part)]
+
+
+def bound_names(statement: ast.stmt) -> list[str]:
+    """Names that a statement binds: definitions, assignments, imports, also inside if, try, with and for."""
+    if isinstance(statement, DEFINITION):
+        return [statement.name]
+    names = []
+    for node in ast.walk(statement):
+        if isinstance(node, DEFINITION):
+            names.append(node.name)
+        elif isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
+            names.append(node.id)
+        elif isinstance(node, ast.alias):
+            names.append((node.asname or node.name).split(".")[0])
+    return names
+
+
+def digest(statement: ast.stmt) -> str:
+    return hashlib.sha256(canonical(statement).encode()).hexdigest()
+
+
+def canonical(value: object) -> str:
+    """Text of a syntax tree without docstrings, comments, layout and positions.
+
+    The same in all versions of Python: ast.dump and ast.unparse are not, they follow the fields that versions add.
+    """
+    if isinstance(value, list):
+        return f"[{', '.join(map(canonical, value))}]"
+    if not isinstance(value, ast.AST):
+        return ascii(value)  # what repr escapes depends on Python's version of Unicode
+    fields = dict(ast.iter_fields(value))
+    if isinstance(value, DEFINITION) and ast.get_docstring(value) is not None:
+        fields["body"] = value.body[1:] or [ast.Pass()]
+    elif isinstance(value, ast.JoinedStr):  # early 3.12 ends f"{x:{n}}" with an empty string
+        fields["values"] = [part for part in value.values if getattr(part, "value", None) != ""]
+    given = {name: part for name, part in fields.items() if part is not None and part != [] and name != "kind"}
+    return f"{type(value).__name__}({', '.join(f'{name}={canonical(part)}' for name, part in given.items())})"
