@@ -1590,9 +1590,11 @@ class GPT(nn.Module):
         T, _, H, D = qkv.shape
         # Paired heads: (T, H, D) is read as 2T positions of H/2 heads, head h at 2t and head h + H/2 at 2t + 1.
         G = 2 if layer.paired else 1
-        cos, sin = (table.view(T, 1, G, 1, D) for table in tables[G - 1])
-        q, k = rotate(norm(qkv[:, :2]).view(T, 2, G, H // G, D), cos, sin).unbind(1)
-        v = qkv[:, 2] if ve is None else qkv[:, 2] + ve
+        cos, sin = (table.view(T, G, 1, D) for table in tables[G - 1])
+        # Each by itself: as one slab their gradients would be put together and taken apart again.
+        q, k, v = qkv.unbind(1)
+        q, k = (rotate(norm(x).view(T, G, H // G, D), cos, sin) for x in (q, k))
+        v = v if ve is None else v + ve
         if layer.long and self.config.key_offset:
             # Partial key offset: the stationary dims of a key come from the token before.
             still = k[..., D // 2 :]
