@@ -21,6 +21,7 @@ import datetime
 import difflib
 import functools
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -718,9 +719,12 @@ def symmetric_product(X: Tensor, fused: bool = False) -> Tensor:
     return torch.ops.speedrun.symmetric_product(X) if fused else X @ X.mT
 
 
-def quadratic(A: Tensor, b: float, c: float, fused: bool = False) -> Tensor:
-    """bA + cA^2 of each symmetric matrix. A (n, r, r)."""
-    return torch.ops.speedrun.quadratic(A, b, c) if fused else torch.baddbmm(A, A, A, beta=b, alpha=c)
+def quintic(X: Tensor, a: float, b: float, c: float, fused: bool = False) -> Tensor:
+    """aX + bAX + cA^2X of each matrix, A = X X^T. X (n, r, c)."""
+    A = symmetric_product(X, fused)
+    if fused:  # a goes onto the diagonal of the matrix that X is multiplied by: baddbmm would copy X first
+        return torch.ops.speedrun.quadratic(A, a, b, c) @ X
+    return torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -775,11 +779,12 @@ def tiles(device: torch.device) -> Tiles:
 @jit
 def _symmetric(
     X,  # (n, r, c) contiguous
-    Y,  # (n, r, r) contiguous: alpha X X^T, plus beta X if ADD (then r = c)
+    Y,  # (n, r, r) contiguous: alpha X X^T, plus beta X + gamma I if ADD (then r = c)
     r,
     c,
     alpha,
     beta,
+    gamma,
     ADD: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -805,13 +810,14 @@ def _symmetric(
     acc *= alpha
     if ADD:
         acc += beta * tl.load(X + rows[:, None] * c + cols[None, :], mask=inside, other=0.0)
+        acc += tl.where(rows[:, None] == cols[None, :], gamma, 0.0)
     y = acc.to(Y.dtype.element_ty)
     tl.store(Y + rows[:, None] * r + cols[None, :], y, mask=inside)
     if i != j:
         tl.store(Y + cols[None, :] * r + rows[:, None], y, mask=inside)
 
 
-def _launch_symmetric(X: Tensor, alpha: float, beta: float, add: bool) -> Tensor:
+def _launch_symmetric(X: Tensor, alpha: float, beta: float, gamma: float, add: bool) -> Tensor:
     X = X.contiguous()
     n, r, c = X.shape
     shape = tiles(X.device)
@@ -819,18 +825,19 @@ def _launch_symmetric(X: Tensor, alpha: float, beta: float, add: bool) -> Tensor
     Y = torch.empty(n, r, r, dtype=X.dtype, device=X.device)
     rows = triton.cdiv(r, block)
     sizes = {"ADD": add, "BLOCK": block, "BLOCK_K": shape.k, "num_warps": shape.warps, "num_stages": shape.stages}
-    _symmetric[rows * (rows + 1) // 2, n](X, Y, r, c, alpha, beta, **sizes)
+    _symmetric[rows * (rows + 1) // 2, n](X, Y, r, c, alpha, beta, gamma, **sizes)
     return Y
 
 
 @operator("symmetric_product", fake=lambda X: X.new_empty(X.size(0), X.size(1), X.size(1)))
 def _symmetric_product_op(X: Tensor) -> Tensor:
-    return _launch_symmetric(X, 1.0, 0.0, add=False)
+    return _launch_symmetric(X, 1.0, 0.0, 0.0, add=False)
 
 
-@operator("quadratic", fake=lambda A, b, c: torch.empty_like(A, memory_format=torch.contiguous_format))
-def _quadratic_op(A: Tensor, b: float, c: float) -> Tensor:
-    return _launch_symmetric(A, c, b, add=True)
+@operator("quadratic", fake=lambda A, a, b, c: torch.empty_like(A, memory_format=torch.contiguous_format))
+def _quadratic_op(A: Tensor, a: float, b: float, c: float) -> Tensor:
+    """aI + bA + cA^2 of each symmetric matrix. A (n, r, r)."""
+    return _launch_symmetric(A, c, b, a, add=True)
 
 
 @jit
@@ -1042,7 +1049,13 @@ def scaled_matmul(a: Tensor, b: Tensor, scale_a: float, scale_b: float, fast: bo
     return torch._scaled_mm(a, b.T, *scales, out_dtype=torch.bfloat16, use_fast_accum=fast)
 
 
-def _head_loss_fake(x, head, targets, weights, chunk, need_grad, fused, fp8):
+def fp8_head(head: Tensor) -> tuple[Tensor, Tensor]:
+    """The head (d, V) in FP8, and its transpose (V, d): FP8 products want both operands along the summed dimension."""
+    head8 = (head / FP8_HEAD).clamp(-448, 448).to(torch.float8_e4m3fn)
+    return head8, head8.T.contiguous()
+
+
+def _head_loss_fake(x, head, targets, weights, chunk, need_grad, fused, head8, head8_T):
     loss = x.new_empty((), dtype=torch.promote_types(x.dtype, torch.float32))
     gradients = (x, head) if need_grad else (x[:0], head[:0])
     return loss, torch.empty_like(loss), *(torch.empty_like(g) for g in gradients)
@@ -1057,16 +1070,15 @@ def _head_loss_op(
     chunk: int,  # positions whose logits exist at a time
     need_grad: bool,
     fused: bool,
-    fp8: bool,
+    head8: Tensor | None,  # (d, V) and (V, d) of `fp8_head`; None: no FP8
+    head8_T: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # loss and next-token loss, 0-dim; gradients of the loss: (T, d), (d, V)
     wide = torch.promote_types(x.dtype, torch.float32)
     loss, nll = (torch.zeros((), dtype=wide, device=x.device) for _ in range(2))
     x_grad = torch.empty_like(x if need_grad else x[:0])
     chunks = range(0, x.size(0), chunk)
-    head_grad = torch.zeros_like(head if need_grad else head[:0], dtype=wide if len(chunks) > 1 else x.dtype)
-    if fp8:
-        head8 = (head / FP8_HEAD).clamp(-448, 448).to(torch.float8_e4m3fn)  # (d, V)
-        head8_T = head8.T.contiguous()
+    head_grad = torch.zeros_like(head, dtype=wide) if need_grad and len(chunks) > 1 else torch.empty_like(head[:0])
+    fp8 = head8 is not None
     for begin in chunks:
         some = slice(begin, begin + chunk)
         xs, ts = x[some], targets[:, some].contiguous()
@@ -1103,7 +1115,7 @@ def _head_loss_setup_context(ctx, inputs: tuple, output: tuple) -> None:
 
 
 def _head_loss_backward(ctx, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-    return *((g * grad).to(g.dtype) for g in ctx.saved_tensors), *(None,) * 6
+    return *((g * grad).to(g.dtype) for g in ctx.saved_tensors), *(None,) * 7
 
 
 torch.library.register_autograd("speedrun::head_loss", _head_loss_backward, setup_context=_head_loss_setup_context)
@@ -1128,7 +1140,7 @@ def polar_express(G: Tensor, fused: bool = False, rounds: int = 5) -> Tensor:
     X = G.mT if G.size(-2) > G.size(-1) else G  # the Gram matrix on the shorter side
     X = (X / (X.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)).contiguous()
     for a, b, c in POLAR_EXPRESS[:rounds]:
-        X = torch.baddbmm(X, quadratic(symmetric_product(X, fused), b, c, fused), X, beta=a)
+        X = quintic(X, a, b, c, fused)
     return X.mT if G.size(-2) > G.size(-1) else X
 
 
@@ -1220,9 +1232,10 @@ class Optimizer:
     """NorMuon and Adam in one object, by the track's table of rules.
 
     Sharded parameters: rank r of W owns the r-th of W equal pieces of the parameter's memory, and the optimizer state
-    of that piece alone. The sum of a gradient over the ranks (the loss is already divided by the rows) starts as soon
-    as the last backward pass of the step has it, see `expect_gradients`; then `step` updates and gathers parameter by
-    parameter, in the order of `self.order`, while the other sums and gathers are under way.
+    of that piece alone. The sum of a gradient over the ranks (the loss is already divided by the rows) starts when the
+    last backward pass of the step gives it out, see `expect_gradients`; then `step` updates and gathers parameter by
+    parameter, in the order of `self.order`, while the other sums and gathers are under way. A compiled backward pass
+    gives out all gradients at its end, so that there no sum runs beside it.
     """
 
     def __init__(self, params: dict[str, nn.Parameter], config: OptimizerConfig, runtime: Runtime):
@@ -1486,12 +1499,24 @@ class GPT(nn.Module):
             # the limit of torch.
             torch._dynamo.config.recompile_limit = 64
             self._row_loss = torch.compile(self._row_loss, dynamic=False, fullgraph=True)
+            self._fp8_head = torch.compile(fp8_head, dynamic=False, fullgraph=True)
+        else:
+            self._fp8_head = fp8_head
 
-    def forward(self, row: Row, settings: Settings, weights: Tensor) -> tuple[Tensor, Tensor]:
+    @torch.no_grad()
+    def fp8_head(self) -> tuple[Tensor | None, Tensor | None]:
+        """What `forward` wants of the head where training runs it in FP8: made once for all rows of a step."""
+        return self._fp8_head(self.head) if self.runtime.fp8 else (None, None)
+
+    def forward(
+        self, row: Row, settings: Settings, weights: Tensor, head8: tuple[Tensor | None, Tensor | None] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Training loss of a row summed over its tokens, and the plain next-token loss summed likewise (detached).
 
-        weights (K,): of the predictions of token t+1 ... t+K.
+        weights (K,): of the predictions of token t+1 ... t+K. head8: of `fp8_head`; None: made here.
         """
+        if head8 is None:
+            head8 = self.fp8_head() if torch.is_grad_enabled() else (None, None)
         return self._row_loss(
             row.inputs,
             row.targets,
@@ -1501,18 +1526,19 @@ class GPT(nn.Module):
             self._rotary_tables(settings, 0, len(row.inputs)),
             settings.attn_scale,
             weights,
+            *head8,
         )
 
     def _rotary_tables(self, settings: Settings, begin: int, end: int) -> Tables:
         return rotary_tables(settings.frequencies, begin, end, self.embed.device, self.embed.dtype)
 
-    def _row_loss(self, inputs, targets, cu_seqlens, max_seqlen, windows, tables, attn_scale, weights):
+    def _row_loss(self, inputs, targets, cu_seqlens, max_seqlen, windows, tables, attn_scale, weights, head8, head8_T):
         x = self.hidden(inputs, cu_seqlens, max_seqlen, windows, tables, attn_scale)
         ahead = torch.stack([F.pad(targets[k:], (0, k), value=-1) for k in range(weights.numel())])  # (K, T)
         training, runtime = torch.is_grad_enabled(), self.runtime
         chunk = runtime.loss_chunk(len(x), self.config.padded_vocab)
         loss, nll, _, _ = torch.ops.speedrun.head_loss(
-            x, self.head, ahead, weights, chunk, training, runtime.fused, runtime.fp8 and training
+            x, self.head, ahead, weights, chunk, training, runtime.fused, head8, head8_T
         )
         return loss, nll
 
@@ -1532,7 +1558,9 @@ class GPT(nn.Module):
         num_attention = sum(layer.attention is not None for layer in self.layers)
         attn_bank = self.attn_bank[: 4 * num_attention].split((3, 1) * num_attention) if num_attention else ()
         mlp_bank = self.mlp_bank.unbind()
-        value_embeds = self.value_embeds.unbind() if hasattr(self, "value_embeds") else ()
+        # Once for all layers that share a table: each backward of a lookup would write a whole table.
+        tables_of_values = self.value_embeds.unbind() if hasattr(self, "value_embeds") else ()
+        values = [F.embedding(tokens, table).view(T, c.num_heads, c.head_dim) for table in tables_of_values]
         resid_lambda, x0_lambda = self.resid_lambda.unbind(), self.x0_lambda.unbind()
 
         e = F.embedding(tokens, self.embed)
@@ -1559,7 +1587,7 @@ class GPT(nn.Module):
                 if layer.value is not None:
                     slot, table = layer.value
                     gate = 2 * torch.sigmoid(F.linear(h[:, :g], self.value_gates[slot]))  # (T, H)
-                    ve = gate[..., None] * F.embedding(tokens, value_embeds[table]).view(T, c.num_heads, c.head_dim)
+                    ve = gate[..., None] * values[table]
                 else:
                     ve = None
                 y = self.attend(layer, qkv, ve, cu_seqlens, max_seqlen, windows, tables, attn_scale, cache)
@@ -1607,9 +1635,11 @@ class GPT(nn.Module):
         T, _, H, D = qkv.shape
         # Paired heads: (T, H, D) is read as 2T positions of H/2 heads, head h at 2t and head h + H/2 at 2t + 1.
         G = 2 if layer.paired else 1
-        cos, sin = (table.view(T, 1, G, 1, D) for table in tables[G - 1])
-        q, k = rotate(norm(qkv[:, :2]).view(T, 2, G, H // G, D), cos, sin).unbind(1)
-        v = qkv[:, 2] if ve is None else qkv[:, 2] + ve
+        cos, sin = (table.view(T, G, 1, D) for table in tables[G - 1])
+        # Each by itself: as one slab their gradients would be put together and taken apart again.
+        q, k, v = qkv.unbind(1)
+        q, k = (rotate(norm(x).view(T, G, H // G, D), cos, sin) for x in (q, k))
+        v = v if ve is None else v + ve
         if layer.long and self.config.key_offset:
             # Partial key offset: the stationary dims of a key come from the token before.
             still = k[..., D // 2 :]
@@ -1675,12 +1705,14 @@ def rotary_tables(
 
     Angles are float64: in float32 they are 0.03 rad off at position 500,000.
     """
-    turns = torch.tensor(frequencies, device=device, dtype=torch.float64).repeat_interleave(2)
-    turns, sign = F.pad(turns, (0, turns.numel())), torch.tensor([1.0, -1.0], device=device, dtype=torch.float64)
+    turns = torch.tensor(frequencies, dtype=torch.float64).repeat_interleave(2)
+    both = torch.stack((F.pad(turns, (0, len(turns))), torch.tensor([1.0, -1.0]).double().repeat(len(turns))))
+    # Pinned, because a copy from other memory waits for the device.
+    turns, sign = (both.pin_memory() if device.type == "cuda" else both).to(device, non_blocking=True)
 
     def table(begin: int, end: int) -> tuple[Tensor, Tensor]:
         angles = torch.arange(begin, end, device=device, dtype=torch.float64)[:, None] * turns
-        return angles.cos().to(dtype), (angles.sin() * sign.repeat(len(turns) // 2)).to(dtype)
+        return angles.cos().to(dtype), (angles.sin() * sign).to(dtype)
 
     return table(begin, end), table(2 * begin, 2 * end)
 
@@ -2001,10 +2033,18 @@ def require_rows(track: Track, data_dir: Path, runtime: Runtime, stop: int) -> N
         )
 
 
+def document_capacity(tokens: int) -> int:
+    """Entries of cu_seqlens of a row. Attention launches blocks for each; more documents (none in FineWeb) double it.
+
+    A new length has the model compiled again, which the log tells.
+    """
+    return 32 + tokens // 512
+
+
 def make_row(tokens: np.ndarray, starts: np.ndarray, max_seqlen: int, pin: bool) -> Row:
     """A row of n tokens from n + 1 of them and the positions at which its documents start."""
     n = len(tokens) - 1
-    capacity = 128 + n // 128  # static: rows with more documents than that (none in FineWeb) just cost a recompile
+    capacity = document_capacity(n)
     while capacity <= len(starts):
         capacity *= 2
     cu_seqlens = np.full(capacity, n, dtype=np.int32)
@@ -2036,10 +2076,12 @@ def validation_rows(track: Track, tokens: np.ndarray, runtime: Runtime) -> Itera
     """Yield this rank's rows of the validation stream `tokens`: every W-th one, on the device."""
     data = track.data
     n = data.val_row_tokens
+    bounds = np.concatenate(([0], np.flatnonzero(tokens[:-1] == data.bos), [data.val_tokens]))
+    longest = min(int(np.diff(bounds).max()), n)  # the same for all rows, which share a graph
     for begin in range(runtime.rank * n, data.val_tokens, runtime.world_size * n):
         row = tokens[begin : begin + n + 1]
         starts = np.union1d(0, np.flatnonzero(row[:-1] == data.bos))
-        made = make_row(row, starts, len(row) - 1, pin=False)
+        made = make_row(row, starts, longest, pin=False)
         yield made.to(runtime)
 
 
@@ -2424,6 +2466,7 @@ class Runtime:
         device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
         if cuda:
             torch.cuda.set_device(device)
+            torch.backends.cuda.enable_cudnn_sdp(False)  # sampling would pay for a plan per length of the text
             if torch.cuda.get_device_capability() < (8, 0) or options.dtype not in ("auto", "bfloat16"):
                 raise SpeedrunError(
                     f"attention on CUDA runs in bfloat16 on Ampere or newer (compute capability 8.0), but this is "
@@ -2527,7 +2570,7 @@ class Heartbeat:
     """
 
     SILENCE = 20  # seconds without a sign of life: killed, stopped, without network
-    STALL = 45  # seconds behind another rank without a step forward
+    STALL = 45  # seconds behind another rank without a step forward, once the clock runs: compiling may take longer
 
     def __init__(self, rank: int, world_size: int):
         self.rank, self.world_size, self.progress = rank, world_size, 0
@@ -2535,9 +2578,16 @@ class Heartbeat:
         address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         self._store = dist.TCPStore(*address, is_master=False, wait_for_workers=False, timeout=timeout)
         self._signs = [Sign(0, 0, time.monotonic(), time.monotonic()) for _ in range(world_size)]
+        self._timed = False
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self._thread.start()
+
+    def start_timing(self) -> None:
+        """From now on a rank that falls behind ends the run. Call it when all ranks are equally far."""
+        for sign in self._signs:
+            sign.moved_at = time.monotonic()
+        self._timed = True
 
     def stop(self) -> None:
         """Call it before the process ends: an interpreter that goes while the thread is in the store aborts."""
@@ -2560,7 +2610,7 @@ class Heartbeat:
                         sign.progress, sign.moved_at = progress, time.monotonic()
             if silent := self.silent(self.SILENCE):
                 self._end(f"{self._name(silent)} has not been heard of for {self.SILENCE} s")
-            if behind := self._behind():
+            if self._timed and (behind := self._behind()):
                 self._end(f"{self._name(behind)} hangs: no step forward for {self.STALL} s, and others wait for it")
 
     def silent(self, seconds: float) -> list[int]:
@@ -2607,27 +2657,58 @@ def keep_freed_memory() -> None:
 
 
 def activate_flash_attention(wanted: str = "auto") -> str:
-    """Let varlen_attn run FlashAttention-3 or -4 where one is installed and the GPU can; returns which one runs.
+    """Let varlen_attn run FlashAttention-3 or -4 where one is installed and works; returns which one runs.
 
     Raises SpeedrunError if the `wanted` one cannot run.
     """
     import torch.nn.attention.varlen  # here, because it takes 1.4 s that a CPU run need not wait for
 
     major, errors = torch.cuda.get_device_capability()[0], []
+    expected = try_attention() if wanted != "FA2" and major in (9, 10) else None
     for version, majors in (("FA3", (9,)), ("FA4", (9, 10))):
         if wanted not in ("auto", version):
             continue
-        if major not in majors:
-            errors.append(f"{version} is for compute capability {majors}, this GPU has {major}")
-            continue
         try:
+            if major not in majors:
+                raise RuntimeError(f"for compute capability {majors}, this GPU has {major}")
+            if version == "FA3":
+                provide_flash_attention_3()
             torch.nn.attention.activate_flash_attention_impl(version)
+            found = try_attention()
+            if not all((a - b).norm() < 2e-2 * b.norm() for a, b in zip(found, expected, strict=True)):
+                raise RuntimeError("its results are not those of FlashAttention-2")
             return version
-        except (ImportError, RuntimeError, ValueError) as error:  # not installed, or not with this torch
-            errors.append(str(error))
+        except Exception as error:  # not installed, not for this torch, broken: a foreign package can raise anything
+            errors.append(f"{version}: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+            torch.nn.attention.restore_flash_attention_impl(_raise_warn=False)
     if wanted in ("FA3", "FA4"):
         raise SpeedrunError(f"--attention {wanted}: {'; '.join(errors)}. Install it, or drop the option.")
+    if wanted == "auto" and major in (9, 10):
+        return f"FA2 of torch, SLOW ON THIS GPU: pip install -r requirements-gpu.txt ({'; '.join(errors)})"
     return "FA2 of torch"
+
+
+def try_attention() -> list[Tensor]:
+    """Results and gradients of a small attention as the model has it, by the FlashAttention that is active."""
+    values = torch.rand(4, 256, 2, 128, generator=torch.Generator().manual_seed(0)).sub(0.5).cuda().bfloat16()
+    q, k, v = (x.requires_grad_() for x in values[:3].clone())
+    starts = torch.tensor([0, 100, 256, 256], dtype=torch.int32, device="cuda")
+    out = varlen_attention(q, k, v, starts, 156, 0.1, 64)
+    return [x.detach().float() for x in (out, *torch.autograd.grad(out, (q, k, v), values[3]))]
+
+
+def provide_flash_attention_3() -> None:
+    """Where it was not built from source, take FlashAttention-3 from the package `kernels`, which fetches it built.
+
+    torch looks for the module flash_attn_interface and the operators flash_attn_3. Raises ImportError without either.
+    """
+    if importlib.util.find_spec("flash_attn_interface"):
+        return
+    from kernels import get_kernel
+
+    kernel = get_kernel("kernels-community/flash-attn3", version=1)
+    sys.modules["flash_attn_interface"] = kernel
+    torch.ops.flash_attn_3 = kernel._ops.ops
 
 
 def cpu_name() -> str:
@@ -2650,6 +2731,8 @@ class Clock:
         self.runtime.synchronize()
         if self.runtime.world_size > 1:
             dist.barrier()
+        if self.runtime.heartbeat is not None:
+            self.runtime.heartbeat.start_timing()
         self._began = time.perf_counter()
 
     def stop(self) -> None:
@@ -2830,9 +2913,9 @@ class Trainer:
         settings, num_rows = self.track.at(step), self.track.data.rows_per_step
         weights = self._weights(settings.prediction_weights)
         total = torch.zeros((), dtype=weights.dtype, device=self.runtime.device)
-        rows = self.loader.next(step)
+        rows, head8 = self.loader.next(step), self.model.fp8_head()
         for row in rows:
-            loss, nll = self.model(row, settings, weights)
+            loss, nll = self.model(row, settings, weights, head8)
             if row is rows[-1]:
                 self.optimizer.expect_gradients(settings)
             (loss / num_rows).backward()
@@ -3033,7 +3116,7 @@ def train(track: Track, options: Options, runtime: Runtime) -> float:
 def training_loop(trainer: Trainer, clock: Clock, log: RunLog, saver: Saver, start: int, stop: int, say) -> float:
     """Train from step `start` to `stop`, save, validate, log. Returns the last validation loss."""
     track, runtime = trainer.track, trainer.runtime
-    val_every, losses, ends = track.schedule.val_every, [], 0
+    val_every, losses, ends, graphs = track.schedule.val_every, [], 0, compilations()
     tokens_seen = sum(track.at(step).stage.tokens for step in range(start))
     with (
         Interrupt(runtime) as interrupt,
@@ -3059,6 +3142,11 @@ def training_loop(trainer: Trainer, clock: Clock, log: RunLog, saver: Saver, sta
                 return val_loss
             clock.start()
             losses.append(trainer.train_step(step))
+            if compilations() > graphs:
+                graphs = compilations()
+                log.write(
+                    f"compiled again in step {step + 1}: a row with more documents than `document_capacity` allows?"
+                )
             settings = track.at(step)
             tokens_seen += settings.stage.tokens
             seconds = clock.read()
@@ -3652,7 +3740,8 @@ def saved_for_backward(
         network = GPT(model, Runtime(torch.device("cpu"), dtype=dtype, fused=fused, fp8=fp8))
         if cuda:  # of which a CPU has no fake tensors: its attention keeps the same
             network.attention = varlen_attention
-        inputs, starts = torch.zeros(tokens, dtype=torch.int64), torch.zeros(128 + tokens // 128, dtype=torch.int32)
+        inputs = torch.zeros(tokens, dtype=torch.int64)
+        starts = torch.zeros(document_capacity(tokens), dtype=torch.int32)
         with counting() as saved:
             network(Row(inputs, inputs, starts, tokens), settings, torch.ones(1))
         for p in network.parameters():

@@ -563,7 +563,11 @@ def test_a_rank_that_falls_behind_or_silent_is_named(monkeypatch):
 
     try:
         assert not go_on(3, 0, 1)
+        assert not go_on(4, 0), "before the clock starts a rank may compile for as long as it takes"
         ranks[0].progress = ranks[1].progress = 1000
+        go_on(2)
+        for rank in ranks:
+            rank.start_timing()
         assert not go_on(3), "both wait, for a compiler, say: nobody is behind"
         assert {reason.split(":")[0] for _, reason in go_on(4, 0)} == {"rank 1 of 2 hangs"}
         ranks[1].stop()

@@ -68,12 +68,24 @@ def test_symmetric_product_is_x_xt(device, dtype, tolerance, n, r, c, transposed
 @KINDS
 @settings(max_examples=12, deadline=None)
 @given(n=st.integers(1, 3), r=sizes)
-def test_quadratic_is_ba_plus_ca2(device, dtype, tolerance, n, r):
+def test_quadratic_is_ai_plus_ba_plus_ca2(device, dtype, tolerance, n, r):
+    """Catches a diagonal that is left out, or that a tile beside the diagonal gets as well."""
     G, _ = rounded(random(n, r, r, seed=1), device, dtype)
     A, exact = rounded(((G + G.mT) / 2).double().cpu(), device, dtype)
-    Y = torch.ops.speedrun.quadratic(A, -2.5, 0.7)
+    Y = torch.ops.speedrun.quadratic(A, 4.0, -2.5, 0.7)
     assert_mirrored(Y, tolerance)
-    assert error(Y, -2.5 * exact + 0.7 * exact @ exact) < 8 * tolerance
+    identity = torch.eye(r, dtype=torch.float64)
+    assert error(Y, 4 * identity - 2.5 * exact + 0.7 * exact @ exact) < 8 * tolerance
+
+
+@KINDS
+def test_a_round_of_polar_express(device, dtype, tolerance):
+    """aX + bAX + cA^2X with A = X X^T, by the kernels and by torch. Catches coefficients that are mixed up."""
+    X, exact = rounded(random(3, 20, 33, scale=0.1), device, dtype)
+    A = exact @ exact.mT
+    truth = 4 * exact - 2.5 * A @ exact + 0.7 * A @ A @ exact
+    for fused in (False, True):
+        assert error(train_gpt.quintic(X, 4.0, -2.5, 0.7, fused), truth) < 8 * tolerance
 
 
 @pytest.mark.parametrize("tiles", [1, 2, 3, 7, 24, 100])
@@ -218,7 +230,8 @@ def head_truth(x, head, targets, weights) -> tuple[torch.Tensor, ...]:
 def run_head(x, head, targets, weights, chunk, fused, fp8=False) -> tuple[torch.Tensor, ...]:
     """Loss, next-token loss, and the gradients of a loss that is halved after it."""
     x, head = x.clone().requires_grad_(), head.clone().requires_grad_()
-    loss, nll, _, _ = torch.ops.speedrun.head_loss(x, head, targets, weights, chunk, True, fused, fp8)
+    head8 = train_gpt.fp8_head(head.detach()) if fp8 else (None, None)
+    loss, nll, _, _ = torch.ops.speedrun.head_loss(x, head, targets, weights, chunk, True, fused, *head8)
     x_grad, head_grad = torch.autograd.grad(loss / 2, (x, head))
     return loss.detach(), nll, 2 * x_grad, 2 * head_grad
 
@@ -294,12 +307,12 @@ def test_torch_accepts_the_operators():
     leaf = lambda *shape: random(*shape).float().requires_grad_()
     ops = torch.ops.speedrun
     torch.library.opcheck(ops.symmetric_product.default, (random(2, 9, 5).float().mT,))
-    torch.library.opcheck(ops.quadratic.default, (random(2, 9, 9).float(), 1.0, 2.0))
+    torch.library.opcheck(ops.quadratic.default, (random(2, 9, 9).float(), 4.0, 1.0, 2.0))
     for fused in (False, True):
         torch.library.opcheck(ops.relu_squared_mlp.default, (leaf(5, 8), leaf(16, 8), leaf(16, 8), fused))
     targets, weights = some_targets(2, 20, 40), torch.tensor([1.0, 0.5])
     for need_grad in (True, False):
-        arguments = (leaf(20, 8), leaf(8, 40), targets, weights, 7, need_grad, True, False)
+        arguments = (leaf(20, 8), leaf(8, 40), targets, weights, 7, need_grad, True, None, None)
         tests = ("test_schema", "test_autograd_registration", "test_faketensor")
         torch.library.opcheck(ops.head_loss.default, arguments, test_utils=tests)
 
@@ -362,7 +375,8 @@ for capability in map(int, sys.argv[1:]):
     block = min(tiles.m, tiles.n)
     ints = lambda names: {name: "i32" for name in names.split()}
     for add in (False, True):
-        types = {"X": "*bf16", "Y": "*bf16", "alpha": "fp32", "beta": "fp32"} | ints("r c")
+        scalars = dict.fromkeys(("alpha", "beta", "gamma"), "fp32")
+        types = {"X": "*bf16", "Y": "*bf16"} | scalars | ints("r c")
         ptx = compile(train_gpt._symmetric, capability, types, {"ADD": add, "BLOCK": block, "BLOCK_K": tiles.k},
                       tiles.warps, tiles.stages)
         assert ("wgmma" in ptx) == (capability == 90)

@@ -39,9 +39,10 @@ def main() -> None:
     weights = torch.tensor(settings.prediction_weights, device=runtime.device)
 
     def step() -> None:
+        head8 = model.fp8_head()
         for row in rows:
             with record_function("forward"):
-                loss = model(row, settings, weights)[0] / SMALL.data.rows_per_step
+                loss = model(row, settings, weights, head8)[0] / SMALL.data.rows_per_step
             with record_function("backward"):
                 loss.backward()
         with record_function("optimizer"):

@@ -110,8 +110,9 @@ def time_steps(track: Track, options: argparse.Namespace, runtime: Runtime) -> l
         weights = torch.tensor(settings.prediction_weights, device=runtime.device)
 
         def train(rows=rows, settings=settings, weights=weights) -> None:
+            head8 = model.fp8_head()
             for row in rows:
-                (model(row, settings, weights)[0] / track.data.rows_per_step).backward()
+                (model(row, settings, weights, head8)[0] / track.data.rows_per_step).backward()
 
         began = time.perf_counter()
         train()
@@ -171,7 +172,7 @@ def time_kernels(track: Track, options: argparse.Namespace, runtime: Runtime) ->
         X, A = random(n, r, c), random(n, r, r)
         ours = {"kernel": lambda X=X: train_gpt.symmetric_product(X, fused=True)} if fused else {}
         report(f"X X^T ({n}, {r}, {c})", ours | {"torch": lambda X=X: X @ X.mT})
-        ours = {"kernel": lambda A=A: train_gpt.quadratic(A, -2.0, 0.5, fused=True)} if fused else {}
+        ours = {"kernel": lambda A=A: torch.ops.speedrun.quadratic(A, 0.0, -2.0, 0.5)} if fused else {}
         report(f"bA + cA^2 ({n}, {r}, {r})", ours | {"torch": lambda A=A: torch.baddbmm(A, A, A, beta=-2.0, alpha=0.5)})
     G = random(22, hidden, d)
     ours = {"kernels": optional(lambda: train_gpt.polar_express(G, fused=True))} if fused else {}
@@ -199,7 +200,8 @@ def time_kernels(track: Track, options: argparse.Namespace, runtime: Runtime) ->
     targets = torch.randint(0, V, (2, T), device=device)
 
     def head_loss(fused: bool, fp8: bool) -> Callable[[], object]:
-        op = lambda: torch.ops.speedrun.head_loss(x, head, targets, weights, chunk, True, fused, fp8)[0]
+        head8 = train_gpt.fp8_head(head.detach()) if fp8 else (None, None)
+        op = lambda: torch.ops.speedrun.head_loss(x, head, targets, weights, chunk, True, fused, *head8)[0]
         return lambda: torch.autograd.grad(op(), (x, head))
 
     variants = {"FP8": head_loss(fused, True)} if runtime.fp8 else {}
