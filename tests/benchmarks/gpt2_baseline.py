@@ -38,7 +38,7 @@ class Recipe:
     """Tokens that the model can see: rows in training, and at most so many in validation."""
     batch: int = 12
     """Rows of a step."""
-    steps: int = 6400
+    steps: int = 5000
     lr: float = 4e-3
     """Peak learning rate of AdamW, after the warm-up."""
     min_lr: float = 1e-4
