@@ -543,7 +543,7 @@ XL = Track(
 # keys find earlier places with the same n-grams from the first step on.
 NANO = Track(
     name="nano",
-    target_loss=1.22,
+    target_loss=1.36,
     model=ModelConfig(
         vocab_size=257,
         num_layers=2,
@@ -571,7 +571,7 @@ NANO = Track(
         val_row_tokens=16_384,
     ),
     schedule=Schedule(
-        scheduled_steps=70,
+        scheduled_steps=110,
         extension_steps=10,
         stages=(
             Stage(2048, (64, 192), 1.0, ((1.0, 1.0),)),
