@@ -1043,10 +1043,15 @@ def fused_cross_entropy(
 FP8_X, FP8_HEAD, FP8_GRAD = 100 / 448, 1.6 / 448, 0.75 / 448
 
 
-def scaled_matmul(a: Tensor, b: Tensor, scale_a: float, scale_b: float, fast: bool) -> Tensor:
-    """a b^T in FP8 with bfloat16 result. a (m, k), b (n, k), both contiguous; `fast`: sums in fewer than 32 bits."""
+def scaled_matmul(
+    a: Tensor, b: Tensor, scale_a: float, scale_b: float, fast: bool, out: Tensor | None = None
+) -> Tensor:
+    """a b^T in FP8 with bfloat16 result, into `out` (m, n) where that is given; `fast`: sums in fewer than 32 bits.
+
+    a (m, k), b (n, k), both contiguous.
+    """
     scales = (torch.full((), scale, dtype=torch.float32, device=a.device) for scale in (scale_a, scale_b))
-    return torch._scaled_mm(a, b.T, *scales, out_dtype=torch.bfloat16, use_fast_accum=fast)
+    return torch._scaled_mm(a, b.T, *scales, out_dtype=torch.bfloat16, use_fast_accum=fast, out=out)
 
 
 def fp8_head(head: Tensor) -> tuple[Tensor, Tensor]:
@@ -1100,7 +1105,7 @@ def _head_loss_op(
         if not need_grad:
             continue
         if fp8:
-            x_grad[some] = scaled_matmul(grad, head8, FP8_GRAD, FP8_HEAD, fast=False)
+            scaled_matmul(grad, head8, FP8_GRAD, FP8_HEAD, fast=False, out=x_grad[some])
             part = scaled_matmul(x8.T.contiguous(), grad.T.contiguous(), FP8_X, FP8_GRAD, fast=False)
         else:
             torch.mm(grad, head.T, out=x_grad[some])

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import cpu, run_process
+from conftest import cpu, run_process, tiny_track
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -281,6 +281,16 @@ def test_the_fp8_head(device, fused, chunk):
     truth = head_truth(exact_x, exact_head, targets, weights)
     errors = [float((a.detach().double().cpu() - b).norm() / b.norm()) for a, b in zip(found, truth, strict=True)]
     assert max(errors[:2]) < 5e-3 and max(errors[2:]) < most, errors
+
+
+def test_the_fp8_head_is_made_once_per_step(monkeypatch, tiny_data):
+    """Catches: a head that is quantized and transposed for each of the 8 rows of a step."""
+    calls = []
+    monkeypatch.setattr(GPT, "fp8_head", lambda self: calls.append(self) or (None, None))
+    trainer = train_gpt.Trainer(tiny_track(), cpu(), tiny_data, seed=0)
+    for step in range(2):
+        trainer.train_step(step)
+    assert calls == [trainer.model] * 2
 
 
 def test_the_length_of_the_slices():

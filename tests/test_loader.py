@@ -204,6 +204,19 @@ def test_row_shapes_are_static_within_a_stage(tmp_path):
         assert len(shapes) == 1
 
 
+@pytest.mark.parametrize(
+    ("tokens", "longest"), [(16_384, 2048), (32_768, 2048), (49_152, 2048), (16_384, 4096), (262_144, 10**9)]
+)
+def test_rows_like_those_of_fineweb_fit_the_capacity(tokens, longest):
+    """Catches: a capacity that real rows exceed, each with a compilation while the clock runs, or one that is mostly
+    empty, for which attention launches blocks. Lengths: log-normal, median 400 tokens, mean 660."""
+    rng, capacity = np.random.default_rng(0), train_gpt.document_capacity(tokens)
+    for _ in range(300):
+        lengths = np.minimum(rng.lognormal(np.log(400), 1, 4 * capacity).astype(int) + 1, longest)
+        documents = int(np.searchsorted(np.cumsum(lengths), tokens)) + 1
+        assert capacity / 6 < documents < capacity
+
+
 def test_more_documents_than_the_static_capacity_still_make_a_right_row(tmp_path):
     """Catches: document starts cut off (attention across documents) or an index error, in rows of BOS alone."""
     data_dir = write_shards(tmp_path, [documents([1] * 9000)])
@@ -442,7 +455,8 @@ def test_a_shard_is_known_by_what_is_recorded_until_it_changes(tmp_path):
 )
 def test_validation_predicts_the_first_val_tokens_once_each(shards, part, val_row, world_size):
     """Catches: tokens left out or counted twice at row or shard ends, rows aligned to BOS, a last row dropped, ranks
-    that see the same rows, attention across documents, a target taken from the wrong place."""
+    that see the same rows, attention across documents, a target taken from the wrong place, a max_seqlen that differs
+    between rows (a graph each), or that is the length of a row (attention launches blocks for all of it)."""
     stream = [token for tokens in shards for token in tokens]
     assume(len(stream) > 1)
     val_tokens = max(1, int(part * (len(stream) - 1)))
@@ -457,6 +471,10 @@ def test_validation_predicts_the_first_val_tokens_once_each(shards, part, val_ro
     assert sum(len(rank) for rank in per_rank) == num_rows
     assert [t for row in rows for t in row.inputs.tolist()] == stream[:val_tokens]
     assert [t for row in rows for t in row.targets.tolist()] == stream[1 : val_tokens + 1]
+    lengths = [0]
+    for token in stream[:val_tokens]:
+        lengths = [*lengths, 1] if token == BOS else [*lengths[:-1], lengths[-1] + 1]
+    assert {row.max_seqlen for row in rows} == {min(max(lengths), val_row)}
     for row in rows:
         n = row.inputs.numel()
         starts = [0] + [i for i, t in enumerate(row.inputs.tolist()) if t == BOS and i > 0]
