@@ -2172,7 +2172,11 @@ class Checkpoint:
     def __init__(self, folder: Path):
         self.folder = folder
         files = sorted(folder.glob("rank_*_of_*.safetensors"))
-        match = re.fullmatch(r"rank_0_of_([1-9]\d{0,3})\.safetensors", files[0].name) if files else None
+        if not files:
+            raise CheckpointError(
+                f"{folder}: {'no checkpoint in this folder' if folder.is_dir() else 'no such folder'}"
+            )
+        match = re.fullmatch(r"rank_0_of_([1-9]\d{0,3})\.safetensors", files[0].name)
         if match is None:
             raise CheckpointError(f"{folder}: not complete, rank_0_of_….safetensors is missing")
         world_size = int(match[1])
@@ -2315,8 +2319,8 @@ def find_checkpoint(track: Track, options: Options, runtime: Runtime, data_dir: 
         if folders == [path] and not any(path.glob("rank_*")):  # neither the folder of a run nor that of a step
             runs = {step.parent for step in path.glob("*/step_*")}
             runs = sorted(runs or {step.parent for step in options.checkpoint_dir.glob("*/step_*")}, reverse=True)
+            found = "no checkpoint in this folder" if path.is_dir() else "no such folder"
             named = f"Name a run, such as {', '.join(map(str, runs[:3]))}" if runs else "There is no run to go on with"
-            found = "there is no checkpoint in it" if path.is_dir() else "no such folder"
             raise CheckpointError(f"--resume {path}: {found}. {named}.")
     for folder in reversed(folders):
         try:
@@ -3229,40 +3233,29 @@ def out_of_memory(error: torch.OutOfMemoryError, track: Track, runtime: Runtime)
 def check(track: Track, options: Options, runtime: Runtime) -> None:
     """Refuse at once what cannot work: raises SpeedrunError for numbers that do not fit."""
     data, schedule, model, rows = track.data, track.schedule, track.model, track.data.rows_per_step
-    world, last, final = runtime.world_size, schedule.extension.windows, schedule.final_long_window
-    fp8 = 16 if runtime.fp8 else 1  # what sizes in FP8 are multiples of
+    world, short, final = runtime.world_size, schedule.extension.windows[0], schedule.final_long_window
+    fp8, takes = 16 if runtime.fp8 else 1, "FP8 takes multiples of 16; see --head plain."
     stages = {f"--schedule.stages.{i}": stage for i, stage in enumerate(schedule.stages)}
     stages["--schedule.extension"] = schedule.extension
     refusals = [
         (options.save_every % 2, f"--save-every {options.save_every}: not even, and Adam steps every other step."),
-        (
-            data.bos >= model.vocab_size,
-            f"--data.bos {data.bos}: the vocabulary has {model.vocab_size} tokens, from 0 on.",
-        ),
-        (last[0] > final, f"--schedule.final-long-window {final}: shorter than the short window {last[0]}."),
+        (data.bos >= model.vocab_size, f"--data.bos {data.bos}: the last token is {model.vocab_size - 1}."),
         (
             rows % world,
             f"{world} processes cannot share the {rows} rows of a step: change NPROC or --data.rows-per-step.",
         ),
-        (
-            model.width % fp8 or model.padded_vocab % fp8,
-            f"width {model.width}, vocabulary {model.padded_vocab}: FP8 takes multiples of 16; see --head plain.",
-        ),
+        (short > final, f"--schedule.final-long-window {final}: shorter than the short window {short}."),
+        (model.width % fp8, f"the width of the model is {model.width}: {takes}"),
+        (model.padded_vocab % fp8, f"--model.vocab-multiple makes {model.padded_vocab} of the vocabulary: {takes}"),
     ]
     for name, stage in stages.items():
         length, weights = stage.tokens // rows, stage.prediction_weights
         refusals += [
             (stage.tokens % rows, f"{name}.tokens {stage.tokens}: a step cannot be cut into {rows} equal rows."),
-            (
-                length % fp8,
-                f"{name}.tokens {stage.tokens}: FP8 takes rows of multiples of 16, not {length}; see --head plain.",
-            ),
+            (length % fp8, f"{name}.tokens {stage.tokens} are rows of {length}: {takes}"),
             (stage.windows[0] > stage.windows[1], f"{name}.windows {stage.windows}: expected the short one first."),
             (not weights or min(weights[0]) == 0, f"{name}.prediction-weights {weights}: the first must be above 0."),
-            (
-                len(weights) > length,
-                f"{name}.prediction-weights: {len(weights)} tokens ahead in rows of only {length}.",
-            ),
+            (len(weights) > length, f"{name}.prediction-weights: {len(weights)} tokens ahead in rows of {length}."),
         ]
     for wrong, said in refusals:
         if wrong:
@@ -3915,11 +3908,12 @@ def scaled(track: Track, text: str) -> Track:
 
 # Where the numbers of these fields lie: from, below, in words. Those of all others are at least 0.
 RANGES = (
-    ("num_layers num_heads head_dim second_embed second_embed_rows", 1, math.inf, "at least 1"),
-    ("gate_dim mlp_ratio vocab_multiple rows_per_step val_tokens val_row_tokens epochs", 1, math.inf, "at least 1"),
+    ("num_layers num_heads head_dim second_embed_rows gate_dim mlp_ratio", 1, math.inf, "at least 1"),
+    ("rows_per_step val_tokens val_row_tokens epochs", 1, math.inf, "at least 1"),
     ("scheduled_steps tokens max_doc_len loss_chunk keep_checkpoints top_k limit", 1, math.inf, "at least 1"),
     ("windows final_long_window", 1, 1 << 31, "from 1 to 2,147,483,647"),
-    ("vocab_size", 1, (1 << 16) + 1, "from 1 to 65,536, because shards hold 16 bits per token"),
+    ("vocab_size vocab_multiple", 1, (1 << 16) + 1, "from 1 to 65,536: shards hold 16 bits per token"),
+    ("second_embed", 1, 1025, "from 1 to 1,024"),
     ("seed", 0, 1 << 63, "from 0 to 2^63 - 1"),
     ("attn_scale eps plan_utilization plan_tokens_per_second", sys.float_info.min, math.inf, "above 0"),
     ("momentum muon_beta2 betas", 0, 1, "at least 0 and below 1"),
@@ -3985,6 +3979,8 @@ def run(track: Track, options: Options) -> None:
     except torch.OutOfMemoryError as error:
         raise out_of_memory(error, track, runtime) from error
     except RuntimeError as error:  # a collective, if another rank has died
+        if "can't allocate memory" in str(error):
+            raise SpeedrunError("out of memory: the model is too large for this machine, see --plan.") from error
         if runtime.heartbeat is None or (lost := runtime.heartbeat.lost()) is None:
             raise
         raise SpeedrunError(f"{lost}. The run ends; see --save-every and --resume.") from error

@@ -90,13 +90,15 @@ def check_padded(found: torch.Tensor, expected: torch.Tensor, name: str) -> None
     assert (found[n:] == 0).all(), name
 
 
-def test_the_command_under_torchrun_logs_the_run_of_one_process(tmp_path, tiny_data, alone):
-    """Catches: losses of rank 0's rows alone in the log, a log or verdict per rank, a hang at the end. The command is
-    the one of run.sh, with warm-up, validations and sample."""
+@pytest.mark.parametrize("more", [[], ["--optimizer.rules.head.no-sharded"]], ids=["sharded", "head not sharded"])
+def test_the_command_under_torchrun_logs_the_run_of_one_process(tmp_path, tiny_data, alone, more):
+    """Catches: losses of rank 0's rows alone in the log, a log or verdict per rank, a hang at the end; a head whose
+    state every rank has, gathered all the same when the embedding takes it over. The command is the one of run.sh, with
+    warm-up, validations and sample."""
     train(tiny_track(val_every=8), Options(data_dir=tiny_data, log_dir=tmp_path / "1", sample_tokens=5), cpu())
     words = ["--device", "cpu", "--dtype", "float32", "--val-every", "8", "--sample-tokens", "5"]
     words += ["--data-dir", tiny_data, "--log-dir", tmp_path / "2"]
-    done = torchrun(2, REPO / "train_gpt.py", "nano", *tiny_options(), *words)
+    done = torchrun(2, REPO / "train_gpt.py", "nano", *tiny_options(), *words, *more)
     assert done.returncode == 0, done.stderr[-4000:]
     assert len(re.findall("^(reached|missed) ", done.stdout, re.M)) == 1
     assert done.stdout.count("sample:") == 1

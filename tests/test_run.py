@@ -499,11 +499,11 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_its_log(command, tiny_
         ("--data.rows-per-step 0", ()),
         ("--schedule.scheduled-steps 0", ()),
         ("--schedule.stages.0.tokens 101", ("101", "2 equal rows")),
-        ("--model.num-layers 0", ("num_layers 0",)),
+        ("--model.num-layers 0", ("num-layers: found 0",)),
         ("--model.head-dim 6", ("head_dim 6", "multiple of 4")),
         ("--model.num-heads 3", ("num_heads 3", "even")),
         ("--model.skips 3 1", ("later layer",)),
-        ("--model.second-embed 2 0", (r"second_embed \(2, 0\)", "positive")),
+        ("--model.second-embed 2 0", (r"second-embed: found \(2, 0\)", "from 1 to")),
         ("--model.gate-dim 17", ("gate_dim 17", "width 16")),
     ],
 )

@@ -46,6 +46,8 @@ NUMBERS = [
     ("--model.vocab-multiple -16", "--model.vocab-multiple: found -16"),
     ("--model.vocab-size 0", "--model.vocab-size: found 0"),
     ("--model.vocab-size 100000", "16 bits per token"),
+    ("--model.vocab-multiple 999999999", "--model.vocab-multiple: found 999999999"),
+    ("--model.num-heads 1000000", "out of memory: the model is too large for this machine"),
     ("--model.gate-dim 0", "--model.gate-dim: found 0"),
     ("--model.gate-dim 17", "gate_dim 17 is larger than the width 16"),
     ("--model.without-attention -1", "--model.without-attention: found (-1,)"),
@@ -57,7 +59,8 @@ NUMBERS = [
     ("--model.value-embeds 0 0 0 1 1 1", "a layer can have one table only"),
     ("--model.skips 3 1", "must lead to a later layer"),
     ("--model.skips -1 2", "--model.skips: found ((-1, 2),)"),
-    ("--model.second-embed 2 0", "--model.second-embed: found (2, 0), expected at least 1"),
+    ("--model.second-embed 2 0", "--model.second-embed: found (2, 0), expected from 1"),
+    ("--model.second-embed 1000000000", "--model.second-embed: found (1000000000,), expected from 1 to 1,024"),
     ("--model.second-embed-rows 0", "--model.second-embed-rows: found 0"),
     ("--model.second-embed-lambda nan", "--model.second-embed-lambda: found nan"),
     ("--model.resid-lambda inf", "--model.resid-lambda: found inf, expected a finite number"),
@@ -81,9 +84,9 @@ NUMBERS = [
     ("--optimizer.rules.embed.kind normuon", "--optimizer.rules.embed.kind normuon is for banks of matrices"),
     ("--optimizer.rules.smear-lambda.kind muon", "smear_lambda () is none: use adam"),
     # the data
-    ("--data.bos 300", "--data.bos 300: the vocabulary has 257 tokens"),
+    ("--data.bos 300", "--data.bos 300: the last token is 256"),
     ("--data.bos -1", "--data.bos: found -1"),
-    ("--model.vocab-size 256", "--data.bos 256: the vocabulary has 256 tokens"),
+    ("--model.vocab-size 256", "--data.bos 256: the last token is 255"),
     ("--data.rows-per-step 0", "--data.rows-per-step: found 0"),
     ("--data.val-tokens 0", "--data.val-tokens: found 0"),
     ("--data.val-row-tokens 0", "--data.val-row-tokens: found 0"),
@@ -115,7 +118,7 @@ NUMBERS = [
     ("--schedule.stages.0.max-doc-len 0", "--schedule.stages.0.max-doc-len: found 0"),
     ("--schedule.stages.0.tokens 0", "--schedule.stages.0.tokens: found 0"),
     ("--schedule.stages.0.tokens 101", "--schedule.stages.0.tokens 101: a step cannot be cut into 2 equal rows"),
-    ("--schedule.stages.0.tokens 2", "--schedule.stages.0.prediction-weights: 3 tokens ahead in rows of only 1"),
+    ("--schedule.stages.0.tokens 2", "--schedule.stages.0.prediction-weights: 3 tokens ahead in rows of 1."),
     ("--schedule.stages.0.prediction-weights", "--schedule.stages.0.prediction-weights (): the first must be above 0"),
     ("--schedule.stages.0.prediction-weights 0 0 1 1", "the first must be above 0"),
     ("--schedule.stages.0.prediction-weights 1 nan", "--schedule.stages.0.prediction-weights: found ((1.0, nan),)"),
@@ -305,12 +308,34 @@ def test_a_checkpoint_that_is_not_there_says_where_some_are(refused, tmp_path):
     gone = refused("--resume", "nothing", "--checkpoint-dir", str(tmp_path / "runs"))
     assert f"--resume nothing: no such folder. Name a run, such as {newest}.\n" in gone
     above = refused("--resume", str(tmp_path / "runs"))
-    assert f"--resume {tmp_path / 'runs'}: there is no checkpoint in it. Name a run, such as {newest}.\n" in above
+    assert f"--resume {tmp_path / 'runs'}: no checkpoint in this folder. Name a run, such as {newest}.\n" in above
 
 
 def test_a_checkpoint_where_there_is_none_at_all(refused):
     """Catches: an empty list of suggestions."""
-    assert "--resume : " not in (said := refused("--resume", "")) and "There is no run to go on with." in said
+    assert "There is no run to go on with." in refused("--resume", "checkpoints")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("sample nothing", "nothing: no such folder"),
+        ("sample .", "no checkpoint in this folder"),
+        ("sample nothing --seed -1", "--seed: found -1"),
+        ("sample nothing --temperature nan", "--temperature: found nan"),
+        ("sample nothing --top-k 0", "--top-k: found 0"),
+        ("eval nothing", "nothing: no such folder"),
+        ("eval nothing --limit 0", "--limit: found 0"),
+    ],
+)
+def test_the_other_commands_refuse_in_a_sentence_too(alone, monkeypatch, capfd, tmp_path, words, said):
+    """Catches: a limit of 0 items that divides by zero, and "rank_0 is missing" of a folder that does not exist."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train_gpt.py", *words.split()])
+    with pytest.raises(SystemExit) as end:
+        train_gpt.main()
+    err = capfd.readouterr().err
+    assert end.value.code == 1 and err.startswith("error: ") and err.count("\n") == 1 and said in err
 
 
 # ---- what the command line cannot reach ----
@@ -334,10 +359,10 @@ def test_sizes_that_fp8_cannot_take_are_refused(tiny_data):
     for wrong, said in (
         (
             replace(fitting, schedule=odd),
-            r"--schedule\.extension\.tokens 80: FP8 takes rows of multiples of 16, not 40",
+            r"--schedule\.extension\.tokens 80 are rows of 40: FP8 takes multiples of 16",
         ),
-        (replace(fitting, model=replace(track.model, head_dim=4)), "width 8, vocabulary 272: FP8"),
-        (replace(fitting, model=replace(track.model, vocab_multiple=8)), "width 16, vocabulary 264: FP8"),
+        (replace(fitting, model=replace(track.model, head_dim=4)), "the width of the model is 8: FP8"),
+        (replace(fitting, model=replace(track.model, vocab_multiple=8)), "makes 264 of the vocabulary: FP8"),
     ):
         check(wrong, Options(), cpu())
         with pytest.raises(SpeedrunError, match=said):
@@ -347,7 +372,10 @@ def test_sizes_that_fp8_cannot_take_are_refused(tiny_data):
 @pytest.mark.parametrize("world_size", [3, 5, 16])
 def test_processes_that_cannot_share_the_rows_are_refused(tiny_data, world_size):
     """Catches: rows that nobody trains on."""
-    with pytest.raises(SpeedrunError, match=f"{world_size} processes cannot share the 8 rows of a step: change NPROC"):
+    with pytest.raises(
+        SpeedrunError,
+        match=f"{world_size} processes cannot share the 8 rows of a step: change NPROC or --data.rows-per-step",
+    ):
         check(tiny_track(), Options(), cpu(world_size=world_size))
 
 
