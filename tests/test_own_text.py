@@ -54,8 +54,8 @@ def tweets(folder: Path) -> Path:
 
 @pytest.mark.parametrize("source", [one_file, twenty_files, jsonl, tweets])
 def test_a_megabyte_trains_nano_with_no_further_option(source, tmp_path, capsys):
-    """Catches: all of it in the validation shard, too few rows for the steps of `nano`, validation tokens asked for that
-    there are not, a target that was set for other data, a row with more documents than there is room for."""
+    """Catches: all of it in the validation shard, too few rows for the steps of `nano`, more validation tokens wanted
+    than there are, a target that was set for other data, a row with more documents than there is room for."""
     out = tmp_path / "mine"
     command = [REPO / "data" / "fineweb.py", "--out", out, "--input", source(tmp_path), "--tokenizer", "bytes"]
     written = run_process([train_gpt.sys.executable, *command])
