@@ -28,7 +28,18 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from shards import ShardError, exclusive, fingerprint, new_file, publish, read_shard_header, require_space, sha256_of
+from shards import (
+    GPT2_BOS,
+    GPT2_VOCAB_SIZE,
+    ShardError,
+    exclusive,
+    fingerprint,
+    new_file,
+    publish,
+    read_shard_header,
+    require_space,
+    sha256_of,
+)
 
 IN_FLIGHT = 4  # files
 TRIES = 6  # in a row without a new byte
@@ -89,8 +100,13 @@ def size_of(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
+def described(path: Path) -> dict[str, int]:
+    """What the sidecar has of a shard beside its SHA-256. Raises ShardError where header and length do not fit."""
+    return {"tokens": read_shard_header(path)} | fingerprint(path)
+
+
 def read_sidecar(out: Path, repo: str) -> dict[str, dict]:
-    """For each shard whose SHA-256 was compared: {"sha256", "size", "mtime_ns"}. A damaged sidecar knows nothing.
+    """For each shard whose SHA-256 was compared: {"sha256", "tokens", "size", "mtime_ns"}. Of a damaged one, nothing.
 
     Raises ShardError if the folder holds shards of another repo: they have the same names.
     """
@@ -112,7 +128,15 @@ def compared(known: dict[str, dict]) -> dict[str, dict]:
 def write_sidecar(out: Path, repo: str, known: dict[str, dict]) -> None:
     """Atomic; the folder must be held with `exclusive`."""
     with new_file(out / SIDECAR) as file:
-        file.write((json.dumps({"repo": repo, "shards": compared(known)}, indent=1) + "\n").encode())
+        names = [name for name, dataset in DATASETS.items() if dataset.repo == repo]
+        sidecar = {
+            "dataset": (names or [repo])[0],
+            "repo": repo,
+            "bos": GPT2_BOS,
+            "vocab_size": GPT2_VOCAB_SIZE,
+            "shards": compared(known),
+        }
+        file.write((json.dumps(sidecar, indent=1) + "\n").encode())
 
 
 def missing_shards(out: Path, names: Iterable[str], known: dict[str, dict], hub: "Hub") -> dict[str, str]:
@@ -126,12 +150,12 @@ def missing_shards(out: Path, names: Iterable[str], known: dict[str, dict], hub:
         path = out / name
         if not path.exists():
             missing[name] = ""
-        elif any(known.get(name, {}).get(key) != value for key, value in fingerprint(path).items()):
-            try:
-                read_shard_header(path)
+            continue
+        try:
+            if any(known.get(name, {}).get(key) != value for key, value in described(path).items()):
                 changed.append(name)
-            except ShardError as error:
-                missing[name] = str(error)
+        except ShardError as error:
+            missing[name] = str(error)
     expected = {name: known[name]["sha256"] for name in changed if "sha256" in known.get(name, {})}
     strangers = [name for name in changed if name not in expected]
     if strangers:
@@ -139,12 +163,12 @@ def missing_shards(out: Path, names: Iterable[str], known: dict[str, dict], hub:
             expected |= {name: remote.sha256 for name, remote in hub.remotes(strangers).items()}
         except HubError as error:
             say(f"notice: {len(strangers)} shards are accepted by header and length, without their SHA-256: {error}")
-            known.update({name: fingerprint(out / name) for name in strangers})
+            known.update({name: described(out / name) for name in strangers})
     if expected:
         say(f"computing the SHA-256 of what is new or was touched in {out}: {len(expected)} shards")
 
     def compare(name: str) -> dict:
-        return fingerprint(out / name) | {"sha256": sha256_of(out / name)}
+        return {"sha256": sha256_of(out / name)} | described(out / name)
 
     def note(name: str, entry: dict) -> None:
         if entry["sha256"] == expected[name]:
@@ -325,7 +349,7 @@ class Hub:
             part.unlink()
             raise HubError(f"{self.repo}/{name} is as the hub has it, but no shard: {error}") from error
         publish(part, path)
-        return fingerprint(path) | {"sha256": found}
+        return {"sha256": found} | described(path)
 
 
 def download(hub: Hub, out: Path, names: list[str], known: dict[str, dict]) -> None:

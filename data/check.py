@@ -4,12 +4,17 @@
     python data/check.py my/*.bin --vocab-size 32000 --bos 1
 
 Damage is what no training should begin with: a wrong magic, version or length, a token outside the vocabulary, no BOS
-at all, or a stretch of zeros as a file system leaves it after a crash. The rest is printed to be judged: how long the
-documents are, how many of them stood before in the same or an earlier file, how many of validation are in training too.
+at all, a stretch of zeros as a file system leaves it after a crash, or another SHA-256 than the sidecar beside it has.
+The rest is printed to be judged: how long the documents are, how many of them stood before in the same or an earlier
+file, how many of validation are in training too.
 """
 
 import argparse
+import contextlib
+import hashlib
+import json
 import sys
+from collections import defaultdict
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -36,19 +41,31 @@ class Report:
     """64 bits of each document, comparable within this process."""
 
 
-def inspect(path: Path, vocab_size: int | None = None, bos: int | None = None) -> Report:
-    """Reads one shard. Raises ShardError if it is damaged.
+def sidecar_of(path: Path) -> dict:
+    """What the script that wrote this shard said about it in a file beside it; {} where there is none."""
+    for candidate in path.parent.glob("*.json"):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            sidecar = json.loads(candidate.read_bytes())
+            if "tokens" in sidecar["shards"][path.name]:
+                return sidecar
+    return {}
 
-    Without `vocab_size` and `bos` a shard that begins with token 256 and has none above is one of bytes, any other one
-    of GPT-2 tokens.
-    """
+
+def guess(paths: list[Path]) -> tuple[int, int]:
+    """BOS and vocabulary size of the shards of one folder: of bytes where 256 is commoner in them than all above it."""
+    starts = above = 0
+    for path in paths:
+        with contextlib.suppress(OSError):
+            tokens = np.fromfile(path, "<u2", CHUNK, offset=HEADER_BYTES)
+            starts, above = starts + np.count_nonzero(tokens == BYTE_BOS), above + np.count_nonzero(tokens > BYTE_BOS)
+    return (BYTE_BOS, BYTE_BOS + 1) if starts > above else (GPT2_BOS, GPT2_VOCAB_SIZE)
+
+
+def inspect(path: Path, bos: int, vocab_size: int, sha256: str | None) -> Report:
+    """Reads one shard. Raises ShardError if it is damaged."""
     num_tokens = read_shard_header(path)
     content = path.read_bytes()
     tokens = np.frombuffer(content, dtype="<u2", offset=HEADER_BYTES)
-    if bos is None or vocab_size is None:
-        of_bytes = num_tokens > 0 and tokens[0] == BYTE_BOS and tokens.max() == BYTE_BOS
-        default_bos, default_size = (BYTE_BOS, BYTE_BOS + 1) if of_bytes else (GPT2_BOS, GPT2_VOCAB_SIZE)
-        bos, vocab_size = default_bos if bos is None else bos, default_size if vocab_size is None else vocab_size
 
     found = []
     for begin in range(0, num_tokens, CHUNK):
@@ -67,6 +84,8 @@ def inspect(path: Path, vocab_size: int | None = None, bos: int | None = None) -
     bounds = np.concatenate([*found, [num_tokens]])
     if len(bounds) == 1:
         raise ShardError(f"{path} has no BOS token {bos} among its {num_tokens:,} tokens, so no document starts in it")
+    if sha256 and (found := hashlib.sha256(content).hexdigest()) != sha256:
+        raise ShardError(f"{path} differs from its sidecar: it has SHA-256 {found}, expected {sha256}")
 
     view = memoryview(content)
     edges = (HEADER_BYTES + 2 * bounds).tolist()
@@ -143,14 +162,23 @@ def plot_histogram(lengths: np.ndarray, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Validates token shards and describes their documents.")
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="shards")
-    parser.add_argument("--vocab-size", type=int, metavar="V", help="of the tokens (default: GPT-2's, or bytes)")
+    by_default = "(default: the sidecar's; without one GPT-2's or that of bytes, by what the shards of a folder hold)"
+    parser.add_argument("--vocab-size", type=int, metavar="V", help=f"of the tokens {by_default}")
     parser.add_argument("--bos", type=int, metavar="TOKEN", help="that starts a document (default: likewise)")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the documents' lengths into this file")
     arguments = parser.parse_args()
+    folders = defaultdict(list)
+    for path in arguments.files:
+        folders[path.parent].append(path)
+    guesses = {folder: guess(paths) for folder, paths in folders.items()}
     reports, damaged = [], 0
     for path in tqdm(arguments.files, unit="shard", leave=False, disable=None):
         try:
-            reports.append(inspect(path, arguments.vocab_size, arguments.bos))
+            sidecar, (bos, vocab_size) = sidecar_of(path), guesses[path.parent]
+            bos = sidecar.get("bos", bos) if arguments.bos is None else arguments.bos
+            vocab_size = sidecar.get("vocab_size", vocab_size) if arguments.vocab_size is None else arguments.vocab_size
+            sha256 = sidecar["shards"][path.name].get("sha256") if sidecar else None
+            reports.append(inspect(path, bos, vocab_size, sha256))
         except (ShardError, OSError) as error:
             tqdm.write(f"damaged: {error}", file=sys.stderr)
             damaged += 1

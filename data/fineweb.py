@@ -1,17 +1,22 @@
 """Tokenizes documents into shards the way the public FineWeb shards were made: FineWeb itself, or your own text.
 
-    python data/fineweb.py --out DIR                                   # the 10BT sample from the Hugging Face hub
-    python data/fineweb.py --out DIR --input 'a/*.jsonl.gz' 'b/*.txt'  # also *.jsonl and *.parquet
-    python data/fineweb.py --help                                      # tokenizer, limits, shard size, workers
+    python data/fineweb.py --out DIR                              # the 10BT sample from the Hugging Face hub
+    python data/fineweb.py --out DIR --input FOLDER 'b/*.txt'     # *.jsonl, *.jsonl.gz, *.txt, *.parquet
+    python data/fineweb.py --help                                 # tokenizer, limits, shard size, workers
 
 Tokens are those of GPT-2 (tiktoken); each document starts with BOS. Shards have exactly 100M tokens, the last one what
-is left; documents run on across their boundaries. The first shard is for validation. Documents keep their order: files
-sorted by path, and what is inside as it stands; empty ones are skipped.
+is left; documents run on across their boundaries. Documents keep their order: files sorted by path, and what is inside
+as it stands; empty ones are skipped.
+
+The first shard is for validation. Of --input one document in ten is drawn for it, evenly from all there is: more of a
+small text, so that there is a whole validation row, less of a large one, so that a shard holds them. Long documents are
+cut at paragraphs (--max-document), each piece a document of its own. --shard-tokens or --shards: neither drawn nor cut,
+as the FineWeb of the hub.
 
 One process reads, the workers tokenize, and the first process writes their results in the order of reading: the shards
-are the same bytes for every number of workers. PREFIX.json beside them records where in the source each next shard
-begins. The same command goes on from there, with the same bytes, however the one before ended. HF_ENDPOINT names a
-mirror of the hub, HF_TOKEN an account with a higher rate limit.
+are the same bytes for every number of workers. PREFIX.json beside them has their hashes, and where in the source each
+next shard begins. The same command goes on from there, with the same bytes, however the one before ended. HF_ENDPOINT
+names a mirror of the hub, HF_TOKEN an account with a higher rate limit.
 """
 
 import argparse
@@ -43,8 +48,10 @@ from shards import (
     HEADER_BYTES,
     SHARD_TOKENS,
     ShardError,
+    amount,
     available_cores,
     exclusive,
+    fingerprint,
     new_file,
     read_shard_header,
     require_space,
@@ -58,10 +65,17 @@ SUFFIXES = (".jsonl", ".jsonl.gz", ".txt", ".parquet")
 ENDOFTEXT = "<|endoftext|>"
 BYTES_BOS = 256  # bytes are 0..255
 MAX_VOCAB_SIZE = 65_536  # tokens are uint16
-PIECE_BYTES = 1 << 18  # read at once from a jsonl file
+PIECE_BYTES = 1 << 18  # read at once from a jsonl or txt file
 MAX_PIECE_ROWS = 512  # read at once from a parquet file, less where rows are long
 BATCH_BYTES = 1 << 20  # of text to a worker at once: a tenth of a second's work
 BATCHES_PER_WORKER = 4  # in flight, so that no worker waits for another one's long document
+BYTES_PER_TOKEN, COMPRESSION = 4, 4  # about: of text in GPT-2's tokens, and in *.gz and *.parquet
+# Where a long text is cut: after its last blank line, else line, else space, else character, else byte (if no UTF-8).
+PLACES = (rb".*\n[ \t\r]*\n(?=.)", rb".*\n(?=.)", rb".*[ \t](?=.)", rb".+(?=[^\x80-\xbf])", rb".+(?=.)")
+PLACES = [re.compile(place, re.DOTALL) for place in PLACES]
+# What a run takes: tokens of a validation row with its last target, and at most of training (a row of `nano` skips what
+# does not fit of its last document: at most as much again as it holds).
+TAKES = {"nano": (16_385, 120 * 2 * 2049), "small": (262_145, 565_000_000)}
 RETRY_SECONDS = (1, 4, 16, 64)  # between attempts to reach the hub, whose client resumes a cut download by itself
 
 
@@ -109,11 +123,9 @@ def load_tiktoken(name: str, bos_token: str) -> tuple[Callable[[str], np.ndarray
         encoding = tiktoken.get_encoding(name)
     except Exception as error:  # HTTP client, TLS, proxy and disk each have their own; the ways out are the same
         raise ShardError(
-            f"tiktoken has no vocabulary of {name} yet and could not download it: {error}\nThree ways out:\n"
-            "  1. run this once with network: the vocabulary is kept\n"
-            "  2. copy it from a machine with network: there TIKTOKEN_CACHE_DIR=DIR python -c "
-            f"\"import tiktoken; tiktoken.get_encoding('{name}')\", here the same TIKTOKEN_CACHE_DIR\n"
-            "  3. --tokenizer FILE: a Hugging Face tokenizer.json; that of the model gpt2 gives the same tokens"
+            f"tiktoken has no vocabulary of {name} yet and could not download it: {error}\nRun this once with network, "
+            "copy the folder TIKTOKEN_CACHE_DIR of a machine where it was used, or name a Hugging Face tokenizer.json "
+            "(--tokenizer FILE; that of the model gpt2 gives the same tokens)"
         ) from error
     try:
         bos = encoding.encode_single_token(bos_token)
@@ -151,9 +163,19 @@ class Position(NamedTuple):
     """Where a shard begins in the source. Any place to start reading from will do: `skip` does the rest."""
 
     file: int = 0  # of the record's list
-    offset: int = 0  # jsonl: byte of the decompressed text; parquet: row
-    line: int = 1  # jsonl: number of the line at `offset`, for messages
+    offset: int = 0  # jsonl: byte of the decompressed text; txt: byte; parquet: row
+    number: int = 0  # of the lines of a jsonl, of the pieces of a txt before `offset`
     skip: int = 0  # tokens from there on that belong to the shards before
+    split: str | None = None  # "val" or "train", which alone is read; None: all
+
+
+class Rules(NamedTuple):
+    """What a document is, and which ones are for validation."""
+
+    text_field: str
+    max_tokens: int | None  # of a document, without BOS; None: it is never cut
+    max_bytes: int | None  # at which it is cut before its tokens are known
+    one_in: int | None  # documents is for validation
 
 
 class Piece(NamedTuple):
@@ -161,8 +183,31 @@ class Piece(NamedTuple):
 
     path: str
     start: Position
-    content: bytes | list | None  # jsonl: whole lines; parquet: texts; txt: nothing, the worker reads the file
+    content: bytes | list  # jsonl: whole lines; parquet, txt: texts
     size: int  # bytes
+
+
+def cut(text: bytes, max_bytes: int) -> Iterator[bytes]:
+    """The text in order, in the longest pieces of at most `max_bytes` that end at the best of PLACES."""
+    begin = 0
+    while len(text) - begin > max_bytes:
+        found = (place.match(text, begin, begin + max_bytes + 1) for place in PLACES)
+        end = next(filter(None, found)).end()
+        yield text[begin:end]
+        begin = end
+    yield text[begin:]
+
+
+def read_text(path: str, start: Position, max_bytes: int) -> Iterator[Piece]:
+    with open(path, "rb") as file:
+        file.seek(start.offset)
+        rest = b""
+        while content := file.read(max(PIECE_BYTES, max_bytes)):
+            *texts, rest = cut(rest + content, max_bytes)
+            size = sum(map(len, texts))
+            yield Piece(path, start, texts, size)
+            start = start._replace(offset=start.offset + size, number=start.number + len(texts))
+        yield Piece(path, start, [rest], len(rest))
 
 
 def read_jsonl(path: str, start: Position) -> Iterator[Piece]:
@@ -171,7 +216,8 @@ def read_jsonl(path: str, start: Position) -> Iterator[Piece]:
         while content := file.read(PIECE_BYTES):
             content += file.readline()
             yield Piece(path, start, content, len(content))
-            start = start._replace(offset=start.offset + len(content), line=start.line + content.count(b"\n"))
+            number = start.number + content.count(b"\n")
+            start = start._replace(offset=start.offset + len(content), number=number)
 
 
 def read_parquet(path: str, start: Position, column: str) -> Iterator[Piece]:
@@ -202,7 +248,7 @@ def read_parquet(path: str, start: Position, column: str) -> Iterator[Piece]:
             row += skipped + len(batch)
 
 
-def read_pieces(files: list[dict], fetch: Callable, start: Position, text_field: str) -> Iterator[Piece]:
+def read_pieces(files: list[dict], fetch: Callable, start: Position, rules: Rules) -> Iterator[Piece]:
     """The source from `start` on. `fetch(file)` is a context that yields the path of a file.
 
     Raises ShardError naming the file which cannot be read.
@@ -212,14 +258,14 @@ def read_pieces(files: list[dict], fetch: Callable, start: Position, text_field:
         try:
             with fetch(files[index]) as path:
                 if path.endswith(".parquet"):
-                    yield from read_parquet(path, start, text_field)
+                    yield from read_parquet(path, start, rules.text_field)
                 elif path.endswith(".txt"):
-                    yield Piece(path, start, None, files[index]["size"])
+                    yield from read_text(path, start, rules.max_bytes or files[index]["size"] + 1)
                 else:
                     yield from read_jsonl(path, start)
         except (OSError, EOFError, ValueError, zlib.error) as error:  # pyarrow's are OSError and ValueError
             raise ShardError(f"{files[index]['name']} cannot be read: {error}") from error
-        start = Position(index + 1)
+        start = Position(index + 1, split=start.split)
 
 
 def batched(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
@@ -238,7 +284,7 @@ def batched(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
 # Tokenizing, in the workers
 
 
-def work(connection: Connection, name: str, bos_token: str | None, text_field: str) -> None:
+def work(connection: Connection, name: str, bos_token: str | None, rules: Rules) -> None:
     """Life of a worker: answers each batch with its tokens, or with the ShardError that they raise, in order."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the first process, which ends the workers
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
@@ -256,46 +302,70 @@ def work(connection: Connection, name: str, bos_token: str | None, text_field: s
     tokenizer = load_tokenizer(name, bos_token)
     while True:
         try:
-            result = tokenize(batches.get(), tokenizer, text_field)
+            result = tokenize(batches.get(), tokenizer, rules)
         except ShardError as error:
             result = error
         connection.send(result)
         del result
 
 
-def tokenize(pieces: list[Piece], tokenizer: Tokenizer, text_field: str) -> np.ndarray:
-    """Tokens (n,) uint16 of all documents of the pieces, each after its BOS. Raises ShardError naming file and line."""
-    bos, parts = np.array([tokenizer.bos]), []
+def tokenize(pieces: list[Piece], tokenizer: Tokenizer, rules: Rules) -> np.ndarray:
+    """Tokens (n,) uint16 of the documents of the pieces, each after its BOS. Raises ShardError naming file and line."""
+    parts = [np.empty(0, dtype="<u2")]
     while pieces:
-        for where, text in documents(pieces.pop(0), text_field):
+        split = pieces[0].start.split
+        for where, first, text in documents(pieces.pop(0), rules.text_field):
             try:
-                text.encode()
+                text = text.encode()
             except UnicodeEncodeError:  # JSON can escape half of a surrogate pair: U+FFFD, as tiktoken does
-                text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+                text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
             try:
-                parts += (bos, tokenizer.encode(text))
+                for number, part in enumerate(cut(text, rules.max_bytes or len(text)), first):
+                    if split is None or (split == "val") == is_drawn(number, rules.one_in):
+                        parts += encode(part, tokenizer, rules.max_tokens)
             except BaseException as error:  # a panic of the libraries' Rust code is no Exception
                 raise ShardError(f"{where}: the tokenizer failed on this document: {error}") from None
-    return np.concatenate(parts, dtype="<u2", casting="unsafe") if parts else np.empty(0, dtype="<u2")
+    return np.concatenate(parts, dtype="<u2", casting="unsafe")
 
 
-def documents(piece: Piece, text_field: str) -> Iterator[tuple[str, str]]:
-    """Where it stands, and the text, of each document which is not empty. Raises ShardError where one is not text."""
+def encode(text: bytes, tokenizer: Tokenizer, max_tokens: int | None) -> list[np.ndarray]:
+    """BOS and the tokens of a text, of parts of it where they are more than `max_tokens`."""
+    tokens = tokenizer.encode(text.decode())
+    if max_tokens is None or len(tokens) <= max_tokens:
+        return [np.array([tokenizer.bos]), tokens]
+    parts = cut(text, max(len(text) * max_tokens // len(tokens), 4))
+    return [array for part in parts for array in encode(part, tokenizer, max_tokens)]
+
+
+def is_drawn(number: int, one_in: int) -> bool:
+    """Whether a document is for validation: of each run of `one_in` one, by a hash, lest it keep step with the source.
+
+    Of the first run it is the first, so that of a few documents there is one.
+    """
+    run, place = divmod(number, one_in)
+    return place == (zlib.crc32(b"%d" % run) - zlib.crc32(b"0")) % one_in
+
+
+def documents(piece: Piece, text_field: str) -> Iterator[tuple[str, int, str]]:
+    """Where it stands, its number, and the text, of each document which is not empty.
+
+    Raises ShardError where one is not text.
+    """
     path, start, content, _ = piece
     del piece  # what is done with is let go at once: a document can have half a gigabyte
     if path.endswith(".parquet"):
-        for row, text in enumerate(content, start.offset + 1):
-            if checked(text, where := f"{path}, row {row}"):
-                yield where, text
+        for row, text in enumerate(content, start.offset):
+            if checked(text, where := f"{path}, row {row + 1}"):
+                yield where, start.file + row, text
     elif path.endswith(".txt"):
-        try:
-            text = Path(path).read_bytes().decode()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ShardError(f"{path} cannot be read as UTF-8: {error}") from None
-        if text:
-            yield path, text
+        for number, text in enumerate(content, start.file + start.number):
+            try:
+                if text:
+                    yield path, number, text.decode()
+            except UnicodeDecodeError as error:
+                raise ShardError(f"{path} cannot be read as UTF-8: {error}") from None
     else:
-        lines, line = content.split(b"\n")[::-1], start.line - 1
+        lines, line = content.split(b"\n")[::-1], start.number
         del content
         while lines:
             source, line = lines.pop(), line + 1
@@ -312,7 +382,7 @@ def documents(piece: Piece, text_field: str) -> Iterator[tuple[str, str]]:
                 raise ShardError(f"{where}: expected an object with the field {text_field} (see --text-field): {found}")
             del source
             if text := checked(fields.pop(text_field), where):
-                yield where, text
+                yield where, start.file + line - 1, text
 
 
 def checked(text: object, where: str) -> str | None:
@@ -429,16 +499,13 @@ class TokenStream:
         return self._start._replace(skip=self._used)
 
 
-def write_shards(out: Path, record: dict, stream: TokenStream, bos: int, progress: Callable[[int], object]) -> None:
-    """Writes what the record lacks, and each finished shard into the record."""
-    shards, shard_tokens, limit = record["shards"], record["settings"]["shard tokens"], record["limit"]
-    while not is_complete(record):
-        if not stream:
-            record["exhausted"] = True
-            save(out, record)
-            break
-        total = total_of(record, "tokens")
-        count = min(shard_tokens, shard_tokens if limit is None else limit - total)
+def write_shards(out: Path, record: dict, stream: TokenStream, progress: Callable[[int], object]) -> None:
+    """Writes what the record lacks, or its drawn validation shard, and each finished shard into the record."""
+    shards, settings, limit = record["shards"], record["settings"], record["limit"]
+    drawn = None if shards else settings["validation tokens"]
+    while not is_complete(record) and stream:
+        left = settings["shard tokens"] if limit is None else limit - total_of(record, "tokens")
+        count = min(drawn or settings["shard tokens"], left)
         name = f"{record['prefix']}_{'train' if shards else 'val'}_{len(shards):06d}.bin"
         require_space(out, HEADER_BYTES + 2 * count)
         tokens = documents = 0
@@ -447,14 +514,20 @@ def write_shards(out: Path, record: dict, stream: TokenStream, bos: int, progres
             for part in stream.take(count):
                 file.write(part)
                 tokens += len(part)
-                documents += int(np.count_nonzero(part == bos))
+                documents += int(np.count_nonzero(part == record["bos"]))
                 progress(len(part))
             if tokens < count:  # the source has come to its end
                 file.seek(0)
                 file.write(shard_header(tokens))
-        position = stream.position._asdict()
-        shards.append({"name": name, "tokens": tokens, "documents": documents, "next": position})
-        record["exhausted"] = tokens < count
+        position = Position(split="train") if drawn else stream.position
+        entry = {"sha256": sha256_of(out / name), "tokens": tokens, "documents": documents, **fingerprint(out / name)}
+        shards[name] = entry | {"next": position._asdict()}
+        record["exhausted"] = tokens < count and not drawn
+        save(out, record)
+        if drawn:
+            return
+    if not is_complete(record):
+        record["exhausted"] = True
         save(out, record)
 
 
@@ -462,19 +535,15 @@ def write_shards(out: Path, record: dict, stream: TokenStream, bos: int, progres
 
 
 def total_of(record: dict, what: str) -> int:
-    return sum(shard[what] for shard in record["shards"])
+    return sum(shard[what] for shard in record["shards"].values())
 
 
 def is_complete(record: dict) -> bool:
     return record["exhausted"] or (record["limit"] is not None and total_of(record, "tokens") >= record["limit"])
 
 
-def record_path(out: Path, prefix: str) -> Path:
-    return out / f"{prefix}.json"
-
-
 def save(out: Path, record: dict) -> None:
-    with new_file(record_path(out, record["prefix"])) as file:
+    with new_file(out / f"{record['prefix']}.json") as file:
         file.write((json.dumps(record, indent=1) + "\n").encode())
 
 
@@ -483,7 +552,7 @@ def load_record(out: Path, prefix: str) -> dict | None:
 
     Raises ShardError where there are shards without a record, or where it cannot be read.
     """
-    path = record_path(out, prefix)
+    path = out / f"{prefix}.json"
     if not path.exists():
         if strangers := sorted(out.glob(f"{prefix}_*.bin")):
             raise ShardError(
@@ -493,16 +562,19 @@ def load_record(out: Path, prefix: str) -> dict | None:
         return None
     try:
         record = json.loads(path.read_bytes())
-        for index, shard in enumerate(record["shards"]):
+        recorded, record["shards"] = record["shards"], {}
+        for name, shard in recorded.items():
             with contextlib.suppress(ShardError):
-                if read_shard_header(out / shard["name"]) == shard["tokens"]:
+                if read_shard_header(out / name) == shard["tokens"]:
+                    record["shards"][name] = shard
                     continue
-            print(f"{out / shard['name']} is gone or damaged: writing it and those after it again")
-            record["shards"][index:], record["exhausted"] = [], False
+            print(f"{out / name} is gone or damaged: writing it and those after it again")
+            record["exhausted"] = False
             break
         return record
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ShardError(f"{path} is not a record of this script ({error!r}): name another --out or --prefix") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        way = "name another --out or --prefix, or remove it and its shards"
+        raise ShardError(f"{path} is not a record of this version of the script ({error!r}): {way}") from None
 
 
 def refuse_changes(out: Path, record: dict, settings: dict, files: list[dict] | None, limit: int | None) -> None:
@@ -510,26 +582,20 @@ def refuse_changes(out: Path, record: dict, settings: dict, files: list[dict] | 
 
     Only the limit may be raised, and only where no shard was cut short by it.
     """
-    old = record["settings"]
-    changes = [f"{key} is {old.get(key)}, now {value}" for key, value in settings.items() if old.get(key) != value]
-    if files is not None and files != record["files"]:
-        before, now = ({file["name"]: file["size"] for file in some} for some in (record["files"], files))
-        changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
-        describe = lambda size: "not there" if size is None else f"{size:,} bytes"
-        name = changed[0]
-        changes.append(f"input {name} was {describe(before.get(name))}, now {describe(now.get(name))}")
-        if len(changed) > 1:
-            changes.append(f"{len(changed) - 1} other input files differ")
+    sizes = lambda files: {f"input {file['name']}": f"{file['size']:,} bytes" for file in files}
+    old = record["settings"] | sizes(record["files"])
+    now = settings | sizes(record["files"] if files is None else files)
     old_limit = record["limit"]
-    if limit != old_limit and not record["exhausted"]:
-        raised = old_limit is not None and (limit is None or limit > old_limit)
-        if not raised or old_limit % settings["shard tokens"]:
-            describe = lambda tokens: "none" if tokens is None else f"{tokens:,} tokens"
-            changes.append(f"limit is {describe(old_limit)}, now {describe(limit)}")
+    raised = old_limit is not None and (limit is None or limit > old_limit)
+    if not record["exhausted"] and not (raised and old_limit % settings["shard tokens"] == 0):
+        old, now = old | {"limit": old_limit}, now | {"limit": limit}
+    changes = [key for key in old | now if key not in old or key not in now or old[key] != now[key]]
+    changes = [f"{key} is {old.get(key, 'not there')}, now {now.get(key, 'not there')}" for key in changes]
     if changes:
+        more = f" and {len(changes) - 5} more" if len(changes) > 5 else ""
         raise ShardError(
-            f"{out} holds shards made with other settings, and is left as it is: {'; '.join(changes)}. Name another "
-            "--out or --prefix, or repeat the settings"
+            f"{out} holds shards made with other settings, and is left as it is: {'; '.join(changes[:5])}{more}. Name "
+            "another --out or --prefix, or repeat the settings"
         )
 
 
@@ -537,14 +603,19 @@ def refuse_changes(out: Path, record: dict, settings: dict, files: list[dict] | 
 
 
 def find_files(patterns: list[str]) -> list[dict]:
-    """Name (absolute path) and size of each file, sorted by name. Raises ShardError where a pattern has no match."""
+    """Name (absolute path) and size of each file, sorted by name. Raises ShardError where a pattern has no match.
+
+    Of a folder, all files with a known suffix in it and below it.
+    """
     paths = set()
     for pattern in patterns:
-        matches = [pattern] if os.path.isfile(pattern) else glob.glob(pattern, recursive=True)
+        folder = os.path.isdir(pattern)
+        wanted = os.path.join(glob.escape(pattern), "**") if folder else pattern
+        matches = [pattern] if os.path.isfile(pattern) else glob.glob(wanted, recursive=True)
         matches = [os.path.abspath(path) for path in matches if os.path.isfile(path)]
+        matches = [path for path in matches if path.endswith(SUFFIXES) or not folder]
         if not matches:
-            hint = f": write {pattern}/*.jsonl, say" if os.path.isdir(pattern) else ""
-            raise ShardError(f"--input {pattern} matches no file{hint}")
+            raise ShardError(f"--input {pattern} matches no file {', '.join(SUFFIXES)}")
         for path in matches:
             if not path.endswith(SUFFIXES):
                 raise ShardError(f"{path}: --input takes {', '.join(SUFFIXES)}; name only those")
@@ -569,7 +640,7 @@ def hub_call(what: str, call: Callable):
                     f"no {what} from {endpoint}: {error}\nFinished shards are kept. Three ways out:\n"
                     "  1. run the same command again: it goes on from there\n"
                     "  2. use a mirror of the hub: HF_ENDPOINT=https://…\n"
-                    "  3. tokenize files that you have: --input 'FOLDER/*.parquet'"
+                    "  3. tokenize files that you have: --input FOLDER --shard-tokens 100M"
                 ) from error
             print(f"{what}: {error}\ntrying again in {delay} s", file=sys.stderr)
             time.sleep(delay)
@@ -620,6 +691,16 @@ def hub_file(staging: Path, repo: str, revision: str, file: dict) -> Iterator[st
 # The run
 
 
+def validation_rule(files: list[dict], tokenizer: str, limit: int | None) -> tuple[int, int]:
+    """(n, most): one document in n of these files is for validation, and of them the first `most` tokens."""
+    size = sum(file["size"] * (COMPRESSION if file["name"].endswith((".gz", ".parquet")) else 1) for file in files)
+    tokens = min(size if tokenizer == "bytes" else size // BYTES_PER_TOKEN, limit or size)
+    row, _ = TAKES["nano" if tokenizer == "bytes" else "small"]
+    full_rows = 4 * tokens // (5 * row)  # with a quarter to spare: documents are long and short
+    one_in = max(min(full_rows, 10), 2, -(-tokens // SHARD_TOKENS))
+    return one_in, min(SHARD_TOKENS, max(limit // one_in, 1) if limit else SHARD_TOKENS)
+
+
 def build(out: Path, arguments: argparse.Namespace, settings: dict, files: list[dict] | None) -> tuple[dict, int]:
     """Writes the shards that the folder lacks. Returns the record, and how many tokens were written."""
     record, limit = load_record(out, arguments.prefix), arguments.tokens
@@ -634,7 +715,8 @@ def build(out: Path, arguments: argparse.Namespace, settings: dict, files: list[
     if record is None:
         revision, listed = (None, files) if files is not None else list_hub(REPOS[arguments.source], arguments.sample)
         record = {"prefix": arguments.prefix, "settings": settings, "revision": revision, "files": listed}
-        record |= {"limit": limit, "exhausted": False, "shards": []}
+        record |= {"dataset": settings["source"], "bos": tokenizer.bos, "vocab_size": tokenizer.vocab_size}
+        record |= {"limit": limit, "exhausted": False, "shards": {}}
     before = total_of(record, "tokens")
     known = limit or (SAMPLE_TOKENS[arguments.sample] if files is None else 0)
     require_space(out, 2 * max(known - before, 0))
@@ -643,56 +725,58 @@ def build(out: Path, arguments: argparse.Namespace, settings: dict, files: list[
     fetch = lambda file: contextlib.nullcontext(file["name"])
     if files is None:
         fetch = functools.partial(hub_file, staging, REPOS[arguments.source], record["revision"])
-    start = Position(**record["shards"][-1]["next"]) if record["shards"] else Position()
+    most, one_in = settings["max document"] and settings["max document"] - 1, settings["validation one in"]
+    width = 1 if arguments.tokenizer == "bytes" else BYTES_PER_TOKEN
+    rules = Rules(arguments.text_field, most, most and most * width, one_in)
+    num_workers = min(arguments.workers, 1 + sum(file["size"] for file in record["files"]) // BATCH_BYTES)
     from tqdm import tqdm
 
-    with start_workers(arguments.workers, arguments.tokenizer, arguments.bos, arguments.text_field) as workers:
-        pieces = read_pieces(record["files"], fetch, start, arguments.text_field)
-        stream = TokenStream(tokenize_all(batched(pieces), workers), start.skip)
-        options = {"unit": "token", "unit_scale": True, "initial": before, "total": limit}
-        with tqdm(desc=arguments.prefix, disable=None, **options) as bar:  # None: only on a terminal
-            write_shards(out, record, stream, tokenizer.bos, bar.update)
+    options = {"unit": "token", "unit_scale": True, "initial": before, "total": limit}
+    with tqdm(desc=arguments.prefix, disable=None, **options) as bar:  # None: only on a terminal
+        while not is_complete(record):
+            shards = list(record["shards"].values())
+            start = Position(**shards[-1]["next"]) if shards else Position(split=one_in and "val")
+            with start_workers(num_workers, arguments.tokenizer, arguments.bos, rules) as workers:
+                pieces = read_pieces(record["files"], fetch, start, rules)
+                stream = TokenStream(tokenize_all(batched(pieces), workers), start.skip)
+                write_shards(out, record, stream, bar.update)
     shutil.rmtree(staging, ignore_errors=True)
     if not record["shards"]:
-        record_path(out, arguments.prefix).unlink()
-        raise ShardError("the input has no documents: nothing was written")
+        (out / f"{arguments.prefix}.json").unlink()
+        few = ", or too few to draw one for validation" if one_in else ""
+        raise ShardError(f"the input has no documents{few}: nothing was written")
     return record, total_of(record, "tokens") - before
-
-
-def amount(text: str) -> int:
-    """A positive count, as 1000000, 100M or 1.5G."""
-    match = re.fullmatch(r"(\d[\d_]*(?:\.\d+)?)([KMG]?)", text.upper())
-    count = float(match[1]) * {"": 1, "K": 1e3, "M": 1e6, "G": 1e9}[match[2]] if match else 0
-    if count < 1 or count != int(count):
-        raise argparse.ArgumentTypeError(f"{text} is not a positive count such as 1000000, 100M or 1.5G")
-    return int(count)
 
 
 def parse_command() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--out", type=Path, required=True, metavar="DIR", help="folder of the shards")
-    add("--input", nargs="+", metavar="PATTERN", help=f"your own files: {', '.join(SUFFIXES)}, sorted by path")
+    add("--input", nargs="+", metavar="PATH", help=f"your own files {', '.join(SUFFIXES)}, folders of them, patterns")
     add("--source", choices=REPOS, help="dataset of the hub (default: fineweb)")
     add("--sample", choices=SAMPLE_TOKENS, help="which sample of it (default: 10BT)")
     add("--text-field", default="text", metavar="NAME", help="field of jsonl, column of parquet (default: text)")
-    add(
-        "--tokenizer",
-        default="gpt2",
-        metavar="NAME|FILE",
-        help="an encoding of tiktoken, `bytes`, or a Hugging Face tokenizers file *.json (default: gpt2)",
-    )
+    kinds = "an encoding of tiktoken, `bytes`, or a Hugging Face tokenizers file *.json (default: %(default)s)"
+    add("--tokenizer", default="gpt2", metavar="NAME|FILE", help=kinds)
     add("--bos", metavar="TOKEN", help=f"token before each document (default: {ENDOFTEXT})")
     limits = parser.add_mutually_exclusive_group()
     limits.add_argument("--tokens", type=amount, metavar="N", help="stop after N tokens (default: all there are)")
     limits.add_argument("--shards", type=amount, metavar="N", help="stop after N shards, the validation shard included")
-    add("--shard-tokens", type=amount, default=SHARD_TOKENS, metavar="N", help="tokens per shard (default: 100M)")
+    add("--shard-tokens", type=amount, metavar="N", help="tokens per shard, as FineWeb (default: 100M)")
+    cut = "cut documents of more tokens, or of 4N bytes (default: of --input 8192, as bytes 2048; else none)"
+    add("--max-document", type=amount, metavar="N", help=cut)
     add("--prefix", default="fineweb", help="of the file names (default: fineweb)")
     cores = available_cores()
     add("--workers", type=amount, default=cores, metavar="K", help="tokenizing processes (default here: %(default)s)")
     arguments = parser.parse_args()
     if arguments.input and (arguments.source or arguments.sample):
         parser.error("--input names your own files, --source and --sample those of the hub: leave one out")
+    arguments.draws = bool(arguments.input) and not arguments.shard_tokens and not arguments.shards
+    arguments.shard_tokens = arguments.shard_tokens or SHARD_TOKENS
+    if arguments.draws and not arguments.max_document:
+        arguments.max_document = 2048 if arguments.tokenizer == "bytes" else 8192
+    if (arguments.max_document or 64) < 64:
+        parser.error(f"--max-document {arguments.max_document}: expected at least 64")
     if arguments.shard_tokens >= 2**31:
         parser.error(f"--shard-tokens {arguments.shard_tokens:,}: a shard's header holds at most {2**31 - 1:,}")
     if not re.fullmatch(r"\w[\w.-]*", arguments.prefix) or re.search(r"_(train|val)_", arguments.prefix):
@@ -715,8 +799,11 @@ def main() -> None:
             "tokenizer": f"{Path(name).name}, SHA-256 {sha256_of(Path(name))}" if name.endswith(".json") else name,
             "bos": arguments.bos,
             "shard tokens": arguments.shard_tokens,
+            "max document": arguments.max_document,
         }
         files = find_files(arguments.input) if arguments.input else None
+        one_in, most = validation_rule(files, name, arguments.tokens) if arguments.draws else (None, None)
+        settings |= {"validation one in": one_in, "validation tokens": most}
         with exclusive(arguments.out):
             record, written = build(arguments.out, arguments, settings, files)
     except (ShardError, OSError) as error:
@@ -726,12 +813,19 @@ def main() -> None:
         sys.exit(130)
     seconds = time.perf_counter() - start
     speed = f"{seconds:.1f} s, {written / seconds:,.0f} tokens/s" if written else f"{seconds:.1f} s"
+    val, *train = (shard["tokens"] for shard in record["shards"].values())
     print(
         f"{arguments.prefix} data: {'wrote' if written else 'found'} {total_of(record, 'documents'):,} documents, "
-        f"{total_of(record, 'tokens'):,} tokens in {len(record['shards'])} shards in {arguments.out} ({speed})"
+        f"{val + sum(train):,} tokens in {1 + len(train)} shards in {arguments.out} ({speed}), {val:,} for validation"
+        + (f": one document in {one_in}" if one_in else "")
     )
-    if len(record["shards"]) == 1:
-        print("notice: all of it went into the validation shard; a smaller --shard-tokens leaves some for training.")
+    track = "nano" if name == "bytes" else "small"
+    row, enough = TAKES[track]
+    if val < row or sum(train) < enough:
+        print(
+            f"notice: a run of {track} takes {row:,} validation tokens or more, here are {val:,}; and up to {enough:,} "
+            f"train tokens, here are {sum(train):,}. Fewer steps take less: --schedule.scheduled-steps"
+        )
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
     python data/nano.py --tuning           # data/nano_tuning/: to choose numbers without the data they are judged on
 
 No network, no account: torch itself needs both packages, and their wheels hold the same bytes on every platform,
-whatever the torch. A twentieth of the files, drawn by the hash of their paths, is for validation. A file that holds
+whatever the torch. A twentieth of the files, drawn by the hash of their paths, is for validation; a file that holds
 half of the lines of one of those is left out of training. Files are cut at line ends into pieces of at most 8,192
 bytes; each piece is a document: the BOS token 256, then its bytes. Pieces stand in the order of a hash, so that any
 prefix of a shard is a fair sample. With --tuning the validation files are left out, and another twentieth takes their
@@ -13,6 +13,7 @@ place.
 
 import argparse
 import base64
+import csv
 import hashlib
 import importlib.metadata
 import json
@@ -27,6 +28,7 @@ import numpy as np
 from shards import ShardError, exclusive, fingerprint, new_file, sha256_of, shard_header
 
 PACKAGES = {"sympy": "1.14.0", "networkx": "3.6.1"}  # whose sources define the track
+PINS = " ".join(f"{name}=={version}" for name, version in PACKAGES.items())  # as pip takes them
 BOS, VOCAB_SIZE = 256, 257  # bytes are 0..255
 PIECE_BYTES = 8192
 PARTS = 20  # of the files; part 0 is for validation, part 1 for validation while tuning
@@ -34,6 +36,7 @@ COMMON_LINE = 20  # bytes: shorter lines, such as `else:`, say nothing about whe
 VAL_SHARD, TRAIN_SHARD = "nano_val_000000.bin", "nano_train_000001.bin"
 TUNING_VAL_SHARD, TUNING_TRAIN_SHARD = "tuning_val_000000.bin", "tuning_train_000001.bin"
 SIDECAR = "nano.json"  # versions, hashes and counts of the shards beside it
+RESTORE = f"Restore the packages: pip install --force-reinstall --no-deps {PINS}"
 
 PINNED_SHA256 = {
     VAL_SHARD: "168d8b3ea491e132eeba5ec9666737a4f29754d6220f0154293d2b40d1687881",
@@ -58,37 +61,33 @@ def installed_versions() -> dict[str, str]:
     return {name: package(name).version for name in PACKAGES}
 
 
-def source_files() -> Iterator[tuple[str, Path]]:
-    """(posix path relative to site-packages, file) of the Python files of both packages.
+def source_files() -> Iterator[tuple[str, Path, str]]:
+    """(posix path relative to site-packages, file, hash as in RECORD) of the Python files of both packages.
 
     The wheel's RECORD lists them, so that a file which somebody dropped into the folder does not change the track.
-    Without a RECORD (conda, a distribution's package) everything in the folder counts.
+    Without a RECORD (conda, a distribution's package) everything in the folder counts, and the hashes are "".
     """
     for name in PACKAGES:
         found = package(name)
         site = Path(found.locate_file(""))
-        paths = [Path(path) for path in found.files or ()] or [p.relative_to(site) for p in (site / name).rglob("*")]
-        for path in paths:
-            if path.parts[0] == name and path.suffix == ".py":
-                yield path.as_posix(), site / path
+        if record := found.read_text("RECORD"):
+            files = [(path, recorded) for path, recorded, _ in csv.reader(record.splitlines())]
+        else:
+            files = [(path.relative_to(site).as_posix(), "") for path in (site / name).rglob("*.py")]
+        for path, recorded in files:
+            if path.startswith(f"{name}/") and path.endswith(".py"):
+                yield path, site / path, recorded
 
 
 def read_sources() -> dict[str, bytes]:
-    """Text by name of every file that is not empty. Line ends become \\n, as the wheels have them."""
+    """Text by name of every file; empty ones will give no document. Raises ShardError where one is gone."""
     sources = {}
-    for name, path in sorted(source_files()):
+    for name, path, _ in source_files():
         try:
-            text = path.read_bytes().replace(b"\r\n", b"\n")
+            sources[name] = path.read_bytes()
         except FileNotFoundError:
-            raise ShardError(f"{path} belongs to an installed package but is gone: {reinstall()}") from None
-        if text:
-            sources[name] = text
+            raise ShardError(f"{path} belongs to an installed package but is gone. {RESTORE}") from None
     return sources
-
-
-def reinstall() -> str:
-    versions = " ".join(f"{name}=={version}" for name, version in PACKAGES.items())
-    return f"pip install --force-reinstall --no-deps {versions}"
 
 
 def part_of(name: str) -> int:
@@ -96,17 +95,22 @@ def part_of(name: str) -> int:
     return int(hashlib.sha256(name.encode()).hexdigest(), 16) % PARTS
 
 
+def distinct_lines(text: bytes) -> set[bytes]:
+    """The stripped lines that say something about where a text comes from."""
+    stripped = (line.strip() for line in text.split(b"\n"))
+    return {line for line in stripped if len(line) >= COMMON_LINE}
+
+
 def near_copies(validation: dict[str, bytes], others: dict[str, bytes]) -> list[str]:
     """Names of `others` that hold half or more of the distinct lines of some validation file."""
-    lines = lambda text: {line for raw in text.split(b"\n") if len(line := raw.strip()) >= COMMON_LINE}
-    distinct = {name: lines(text) for name, text in validation.items()}
+    distinct = {name: distinct_lines(text) for name, text in validation.items()}
     holders = defaultdict(list)  # the validation files that a line stands in
-    for name, found in distinct.items():
-        for line in found:
+    for name, lines in distinct.items():
+        for line in lines:
             holders[line].append(name)
     copies = []
     for name, text in others.items():
-        shared = Counter(holder for line in lines(text) for holder in holders.get(line, ()))
+        shared = Counter(holder for line in distinct_lines(text) for holder in holders.get(line, ()))
         if any(2 * count >= len(distinct[holder]) for holder, count in shared.items()):
             copies.append(name)
     return copies
@@ -156,16 +160,14 @@ def shard_bytes(texts: list[bytes]) -> bytes:
 
 
 def modified_files() -> list[str]:
-    """Paths of Python files which are gone or whose SHA-256 is not the one in their wheel's RECORD."""
+    """Names of the Python files whose hash is not the one in their wheel's RECORD."""
     modified = []
-    for name in PACKAGES:
-        for path in package(name).files or ():
-            if path.parts[0] != name or path.suffix != ".py" or path.hash is None:
-                continue
-            file = Path(path.locate())
-            digest = hashlib.new(path.hash.mode, file.read_bytes()).digest() if file.exists() else b""
-            if base64.urlsafe_b64encode(digest).rstrip(b"=").decode() != path.hash.value:
-                modified.append(path.as_posix())
+    for name, path, recorded in source_files():
+        method, _, expected = recorded.partition("=")
+        if expected:
+            digest = hashlib.new(method, path.read_bytes()).digest()
+            if base64.urlsafe_b64encode(digest).rstrip(b"=").decode() != expected:
+                modified.append(name)
     return modified
 
 
@@ -178,7 +180,7 @@ def check_pin(name: str, sha256: str) -> None:
     raise ShardError(
         f"{name} made from {' and '.join(PACKAGES)} is not the pinned one: were the installed packages modified?\n"
         f"  SHA-256    {sha256}\n  expected   {PINNED_SHA256[name]}{culprits}\n"
-        f"Nothing was written. Restore them: {reinstall()}"
+        f"Nothing was written. {RESTORE}"
     )
 
 
@@ -200,10 +202,12 @@ def verified_sidecar(out: Path, versions: dict[str, str], names: tuple[str, str]
 def build(out: Path, versions: dict[str, str], tuning: bool) -> dict:
     """Writes both shards and the sidecar into `out`; returns the sidecar."""
     sources, left_out = splits(tuning)
+    if strangers := sorted(path.name for path in out.glob("*_*_*.bin") if path.name not in sources):
+        raise ShardError(f"{out} also holds {strangers[0]}, which a run would read as well: name another --out")
     shards, contents = {}, {}
     for name, texts in sources.items():
         if not texts:
-            raise ShardError(f"the installed packages have no Python files for {name}: {reinstall()}")
+            raise ShardError(f"the installed packages have no Python files for {name}. {RESTORE}")
         found = documents(texts)
         contents[name] = shard_bytes(found)
         sha256 = hashlib.sha256(contents[name]).hexdigest()
@@ -251,8 +255,8 @@ def main() -> None:
         print(f"left out, near copies of validation files: {', '.join(sidecar['left_out'])}")
     if versions != PACKAGES:
         print(
-            f"notice: the nano track is defined by the sources of {reinstall().partition('--no-deps ')[2]}; losses on "
-            f"those of {described} are not comparable with its target or with other runs."
+            f"notice: the nano track is defined by the sources of {PINS}; losses on those of {described} are not "
+            "comparable with its target or with other runs."
         )
 
 

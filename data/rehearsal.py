@@ -39,7 +39,6 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, fields
-from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 
@@ -50,8 +49,10 @@ from shards import (
     HEADER_BYTES,
     SHARD_TOKENS,
     ShardError,
+    amount,
     available_cores,
     exclusive,
+    fingerprint,
     new_file,
     read_shard_header,
     require_space,
@@ -78,15 +79,6 @@ DEFINITIONS = {
 }
 
 
-def count(text: str) -> int:
-    """A number of tokens: 1000000, 1_000_000, 1M, 0.5G."""
-    scale = {"k": 10**3, "m": 10**6, "g": 10**9}.get(text[-1:].lower())
-    value = Fraction(text[:-1]) * scale if scale else Fraction(text)
-    if value.denominator != 1:
-        raise ValueError
-    return int(value)
-
-
 def option(default: int | float, help: str, parse=int) -> int | float:
     return field(default=default, metadata={"help": help, "parse": parse})
 
@@ -96,13 +88,13 @@ class Settings:
     """All that the tokens depend on; every field is an option of the command line."""
 
     seed: int = option(0, "of everything random")
-    tokens: int = option(700_000_000, "train tokens; a run of `small` takes 565M of the default ones", count)
-    shard_tokens: int = option(SHARD_TOKENS, "tokens of a train shard", count)
-    val_tokens: int = option(VAL_PREDICTIONS + 1, "tokens of the validation shard", count)
+    tokens: int = option(700_000_000, "train tokens; a run of `small` takes 565M of the default ones", amount)
+    shard_tokens: int = option(SHARD_TOKENS, "tokens of a train shard", amount)
+    val_tokens: int = option(VAL_PREDICTIONS + 1, "tokens of the validation shard", amount)
     vocab_size: int = option(GPT2_VOCAB_SIZE, "number of tokens; the last is BOS, the one before it the marker")
     median_length: float = option(400.0, "median of the tokens after a BOS", float)
     sigma: float = option(1.1, "standard deviation of the logarithm of their number", float)
-    max_length: int = option(16_384, "most tokens after a BOS", count)
+    max_length: int = option(16_384, "most tokens after a BOS", amount)
     classes: int = option(2048, "number of lists")
     branches: int = option(64, "tokens of a list")
     copy_distance: int = option(256, "tokens between a token and its copy")
@@ -451,12 +443,15 @@ def read_sidecar(out: Path, settings: Settings) -> dict | None:
         sidecar = json.loads((out / SIDECAR).read_text())
         had = {"format": sidecar["format"], **sidecar["settings"]}
         listed = dict(sidecar["shards"])
+        sidecar["vocab_size"]  # which one of an older version lacks
     except FileNotFoundError:
         if found:
             raise ShardError(f"{out} holds {min(found)}, but no {SIDECAR} says what it is. {advice}") from None
         return None
     except (ValueError, TypeError, KeyError) as error:
-        raise ShardError(f"{out / SIDECAR} is not a sidecar of this script ({error!r}). {advice}") from error
+        raise ShardError(
+            f"{out / SIDECAR} is no sidecar of this version of the script ({error!r}). {advice}"
+        ) from error
     wanted = {"format": FORMAT, **asdict(settings)}
     differences = [f"{k} {had.get(k)} (now {wanted.get(k)})" for k in had | wanted if had.get(k) != wanted.get(k)]
     if differences:
@@ -498,7 +493,9 @@ def build(out: Path, settings: Settings, sidecar: dict | None, workers: int) -> 
         "format": FORMAT,
         "settings": asdict(settings),
         "versions": {"python": platform.python_version(), "numpy": np.__version__},
+        "dataset": "rehearsal",
         "bos": settings.bos,
+        "vocab_size": settings.vocab_size,
         "marker": settings.marker,
         "definitions": DEFINITIONS,
         "entropy_rate": here.entropy_rate(),
@@ -529,7 +526,9 @@ def build(out: Path, settings: Settings, sidecar: dict | None, workers: int) -> 
                     written += len(tokens)
                     documents += int(np.count_nonzero(tokens == settings.bos))
                     bar.update(len(tokens))
-            sidecar["shards"][name] = {"sha256": sha256.hexdigest(), "tokens": written, "documents": documents}
+            entry = {"sha256": sha256.hexdigest(), "tokens": written, "documents": documents}
+            written_ones = sidecar["shards"] | {name: entry | fingerprint(out / name)}
+            sidecar["shards"] = {name: written_ones[name] for name in sizes if name in written_ones}
             write_sidecar(out, sidecar)
     if "floor" not in sidecar:
         predictions = min(VAL_PREDICTIONS, settings.val_tokens - 1)

@@ -4,9 +4,11 @@ A shard is 256 little-endian int32 of header (magic, version, token count, zeros
 document starts with its BOS token.
 """
 
+import argparse
 import contextlib
 import hashlib
 import os
+import re
 import shutil
 import struct
 import sys
@@ -50,6 +52,15 @@ def read_shard_header(path: Path) -> int:
     if num_tokens < 0 or size != expected:
         raise ShardError(f"{path} has {size:,} bytes, but its header of {num_tokens:,} tokens means {expected:,}")
     return num_tokens
+
+
+def amount(text: str) -> int:
+    """A positive count, as 1000000, 100M or 1.5G."""
+    match = re.fullmatch(r"(\d[\d_]*(?:\.\d+)?)([KMG]?)", text.upper())
+    count = float(match[1]) * {"": 1, "K": 1e3, "M": 1e6, "G": 1e9}[match[2]] if match else 0
+    if count < 1 or count != int(count):
+        raise argparse.ArgumentTypeError(f"{text} is not a positive count such as 1000000, 100M or 1.5G")
+    return int(count)
 
 
 def available_cores() -> int:

@@ -1,5 +1,7 @@
 """data/check.py as a user starts it, on made shards whose documents are known."""
 
+import hashlib
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -83,6 +85,40 @@ def test_the_vocabulary_is_that_of_bytes_or_as_told(tmp_path: Path):
     assert row(run(other, "--vocab-size", 32_000, "--bos", 1).stdout, other)[:2] == ["5", "2"]
     assert "outside the vocabulary of 31,999" in run(other, "--vocab-size", 31_999, "--bos", 1, code=1).stderr
     assert "no BOS token 50256" in run(other, code=1).stderr
+
+
+def test_the_vocabulary_is_guessed_once_a_folder(tmp_path: Path):
+    """Catches a byte shard taken for one of GPT-2 because it begins within a document, and one damaged token that
+    makes all shards of its folder suspicious."""
+    val = write_shard(tmp_path / "bytes" / "x_val_000000.bin", [256, 1, 2, 256, 255] * 50)
+    within = write_shard(tmp_path / "bytes" / "x_train_000001.bin", [9, 8, 256, 7] * 50)
+    damaged = write_shard(tmp_path / "bytes" / "x_train_000002.bin", [256, 1, 300, 4] * 20)
+    gpt2 = write_shard(tmp_path / "gpt2" / "x_train_000001.bin", flat(documents([30, 256, 40])))
+    small_gpt2 = write_shard(tmp_path / "gpt2" / "x_train_000002.bin", [256, 3, BOS, 5])
+    result = run(val, within, damaged, gpt2, small_gpt2, code=1)
+    for path, number in ((val, 100), (within, 50), (gpt2, 3), (small_gpt2, 1)):
+        assert row(result.stdout, path)[1] == str(number)
+    assert f"{damaged} has token 300 at position 2, outside the vocabulary of 257" in result.stderr
+    assert "1 of 5 shards" in result.stderr
+
+
+def test_the_sidecar_knows_better(tmp_path: Path):
+    """Catches a vocabulary guessed where it is written down, and a flipped bit that gives another good token."""
+    path, other = (write_shard(tmp_path / f"x_train_00000{i}.bin", [7, 1, 2, 7, 30 * i, 5]) for i in (1, 2))
+    entries = {p.name: {"tokens": 6, "sha256": hashlib.sha256(p.read_bytes()).hexdigest()} for p in (path, other)}
+    (tmp_path / "a.json").write_text("[]")
+    (tmp_path / "b.json").write_text("no json")
+    (tmp_path / "c.json").write_text(json.dumps({"shards": [{"name": path.name, "tokens": 6}]}))  # of an older version
+    assert "no BOS token 50256" in run(path, code=1).stderr
+    (tmp_path / "x.json").write_text(json.dumps({"bos": 7, "vocab_size": 61, "shards": entries}))
+    assert row(run(path, other).stdout, path)[:2] == ["6", "2"]
+    assert "outside the vocabulary of 60" in run(path, other, "--vocab-size", 60, code=1).stderr
+    assert "no BOS token 8" in run(path, "--bos", 8, code=1).stderr
+    write_shard(path, [7, 1, 3, 7, 30, 5])
+    result = run(path, other, code=1)
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert f"damaged: {path} differs from its sidecar: it has SHA-256 {found}, expected" in result.stderr
+    assert entries[path.name]["sha256"] in result.stderr and "1 of 2 shards" in result.stderr
 
 
 @pytest.mark.parametrize("begin", [1, 1000, check.CHUNK - 1, check.CHUNK - check.ZEROS, check.CHUNK])

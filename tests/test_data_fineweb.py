@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import gzip
+import hashlib
 import json
 import multiprocessing
 import os
@@ -28,6 +29,8 @@ import pytest
 import tiktoken
 import tokenizers
 from conftest import cpu, tiny_track
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tiktoken_ext.openai_public import r50k_pat_str
 
 import train_gpt
@@ -221,10 +224,10 @@ def test_formats_mix_and_fields_have_names(tmp_path):
     large = pyarrow.table({"body": pyarrow.array(["five"], pyarrow.large_string())})
     pyarrow.parquet.write_table(large, tmp_path / "c.parquet")
     (tmp_path / "d.txt").write_text("six")
-    run(tmp_path / "out", "--input", tmp_path / "*.*", "--text-field", "body", "--tokenizer", "bytes")
-    assert_same(
-        shards(tmp_path / "out"), expected(["a\ufffdb 🙂", "one", "two", "three", "four", "five", "six"], 100_000_000)
-    )
+    options = ["--text-field", "body", "--tokenizer", "bytes", "--shard-tokens", "100M"]
+    run(tmp_path / "out", "--input", tmp_path / "*.*", *options)
+    texts = ["a\ufffdb 🙂", "one", "two", "three", "four", "five", "six"]
+    assert_same(shards(tmp_path / "out"), expected(texts, 100_000_000))
 
 
 def test_boundaries_of_documents_and_shards(tmp_path):
@@ -336,20 +339,23 @@ def test_changed_settings_are_refused(tmp_path, refusal):
     assert "shard tokens is 100, now 50" in refused("--shard-tokens", 50)
     assert "tokenizer is bytes, now gpt2" in refused("--tokenizer", "gpt2")
     assert "text field is text, now id" in refused("--text-field", "id")
-    assert "limit is 250 tokens, now 200 tokens" in refused("--tokens", 200)
-    assert "limit is 250 tokens, now 300 tokens" in refused("--tokens", 300), "the last shard was cut at 250"
+    assert "max document is None, now 2048" in refused("--max-document", 2048)
+    assert "limit is 250, now 200" in refused("--tokens", 200)
+    assert "limit is 250, now 300" in refused("--tokens", 300), "the last shard was cut at 250"
     write_documents(tmp_path / "b.jsonl", ["abc"] * 100)
-    assert "b.jsonl was not there, now 2," in refused("--input", tmp_path / "*.jsonl")
+    assert "b.jsonl is not there, now 2," in refused("--input", tmp_path / "*.jsonl")
     write_documents(tmp_path / "a.jsonl", ["abc"] * 99)
-    assert "a.jsonl was 2,590 bytes, now 2,564 bytes" in refused()
+    assert "a.jsonl is 2,590 bytes, now 2,564 bytes" in refused()
     other = refusal(out, "--tokens", 250, "--tokenizer", "bytes", "--shard-tokens", 100)
     assert "source is --input, now fineweb, sample 10BT" in other
 
     (out / "fineweb.json").unlink()
     assert "no fineweb.json that says what it was made from" in refusal(out, *options)
     assert_same(shards(out), before)
-    (out / "fineweb.json").write_text('{"shards": 3}')
-    assert "is not a record of this script" in refusal(out, *options)
+    for old in (3, [{"name": "fineweb_val_000000.bin", "tokens": 100}]):
+        (out / "fineweb.json").write_text(json.dumps({"shards": old}))
+        message = refusal(out, *options)
+        assert "is not a record of this version of the script" in message and "or remove it and its shards" in message
     assert_same(shards(out), before)
 
 
@@ -361,6 +367,271 @@ def test_more_shards_later_are_those_of_one_run(tmp_path):
     assert_same(shards(tmp_path / "out"), expected(texts, 100, limit=200))
     run(tmp_path / "out", *options, "--tokens", 550)
     assert_same(shards(tmp_path / "out"), expected(texts, 100, limit=550))
+
+
+# Your own text: one command, without further options
+
+
+def prose(num_bytes: int, seed: int) -> str:
+    """Made-up words in sentences and paragraphs, about as long as English ones, with a few letters of two bytes."""
+    rng = random.Random(seed)
+    words = ["".join(rng.choices("etaoinshrdlucmfwypé", k=rng.randrange(1, 11))) for _ in range(2000)]
+    weights = [1 / rank for rank in range(1, 2001)]
+    text = ""
+    while len(text.encode()) < num_bytes:
+        for _ in range(rng.randrange(1, 8)):
+            text += " ".join(rng.choices(words, weights, k=rng.randrange(3, 25))).capitalize() + ". "
+        text = text.rstrip() + "\n\n"
+    return text
+
+
+def naive_cut(text: bytes, most: int) -> list[bytes]:
+    """From the longest piece down, byte by byte: after a blank line, else a line, else a space, else a character."""
+    rules = [
+        lambda end: text[:end].endswith(b"\n") and text[: end - 1].rstrip(b" \t\r").endswith(b"\n"),
+        lambda end: text[end - 1] in b"\n",
+        lambda end: text[end - 1] in b" \t",
+        lambda end: text[end] & 0xC0 != 0x80,
+        lambda end: True,
+    ]
+    found = []
+    while len(text) > most:
+        end = next(end for rule in rules for end in range(most, 0, -1) if rule(end))
+        found.append(text[:end])
+        text = text[end:]
+    return [*found, text]
+
+
+def documents_of(files: dict[str, bytes], split: str, bos: int = 256) -> list[list[int]]:
+    """Tokens of each document of a split, without BOS."""
+    tokens = tokens_of(files, split)
+    starts = [i for i, token in enumerate(tokens) if token == bos]
+    assert starts[0] == 0
+    return [tokens[a + 1 : b] for a, b in zip(starts, [*starts[1:], None], strict=True)]
+
+
+def rows_of_nano(lengths: list[int]) -> int:
+    """Rows of 2,049 tokens that documents fill: each gives at most 2,048 or what the row lacks; its rest is skipped."""
+    rows = have = 0
+    for length in lengths:
+        have += min(length, 2048, 2049 - have)
+        if have == 2049:
+            rows, have = rows + 1, 0
+    return rows
+
+
+@pytest.fixture(scope="session")
+def own_texts(tmp_path_factory) -> dict[str, tuple[Path, list[str]]]:
+    """A megabyte of the same kind of text in each form: what --input names, and the texts in it."""
+    folder = tmp_path_factory.mktemp("own")
+    texts = {"txt": [prose(1_000_000, 0)], "folder": [prose(50_000, seed) for seed in range(20)]}
+    texts["jsonl"] = [prose(200 + 113 * seed % 5000, seed) for seed in range(380)]
+    write_documents(folder / "my.txt", texts["txt"])
+    for i, text in enumerate(texts["folder"]):
+        (folder / "texts" / f"part{i // 10}").mkdir(parents=True, exist_ok=True)
+        write_documents(folder / "texts" / f"part{i // 10}" / f"{i:02d}.txt", [text])
+    (folder / "texts" / "notes.md").write_text("a suffix that is not known")
+    (folder / "texts" / ".hidden.txt").write_text("hidden")
+    write_documents(folder / "my.jsonl", texts["jsonl"])
+    names = {"txt": "my.txt", "folder": "texts", "jsonl": "my.jsonl"}
+    return {form: (folder / name, texts[form]) for form, name in names.items()}
+
+
+@pytest.mark.parametrize("form", ["txt", "folder", "jsonl"])
+def test_a_megabyte_of_your_own_is_enough_for_nano(tmp_path, own_texts, form):
+    """Catches: all of it in the validation shard, the first files alone there, pieces lost, doubled or out of order,
+    and pieces so long that a row leaves most of them out."""
+    path, texts = own_texts[form]
+    output = run(tmp_path / "out", "--input", path, "--tokenizer", "bytes")
+    assert "notice" not in output and "for validation: one document in 10\n" in output
+    files = shards(tmp_path / "out")
+    assert sorted(files) == ["fineweb_train_000001.bin", "fineweb_val_000000.bin"]
+    val, train = ([bytes(document) for document in documents_of(files, split)] for split in ("val", "train"))
+    pieces = [piece for text in texts for piece in naive_cut(text.encode(), 2047)]
+    places = {piece: i for i, piece in enumerate(pieces)}
+    assert len(places) == len(pieces), "no two are the same"
+    where = [places[piece] for piece in val]
+    assert where == sorted(where) and sorted(val + train) == sorted(pieces)
+    assert [places[piece] for piece in train] == sorted(places[piece] for piece in train)
+
+    assert rows_of_nano([1 + len(piece) for piece in train]) >= 140
+    val_tokens = sum(1 + len(piece) for piece in val)
+    assert val_tokens >= 16_385 and 0.08 < val_tokens / sum(1 + len(piece) for piece in pieces) < 0.12
+    shares = np.histogram(where, bins=10, range=(0, len(pieces)))[0] * 10 / len(pieces)
+    assert shares.min() > 0.02 and shares.max() < 0.25, "every stretch of the text has its share"
+
+
+def test_the_sidecar_says_what_the_shards_are(tmp_path, own_texts):
+    """By it a run knows tokens and data: catches a hash of the header as it was before the end was known."""
+    out = tmp_path / "out"
+    run(out, "--input", own_texts["txt"][0], "--tokenizer", "bytes", "--shard-tokens", "400K")
+    record = json.loads((out / "fineweb.json").read_text())
+    assert (record["bos"], record["vocab_size"]) == (256, 257)
+    assert list(record["shards"]) == ["fineweb_val_000000.bin", "fineweb_train_000001.bin", "fineweb_train_000002.bin"]
+    for name, entry in record["shards"].items():
+        content = (out / name).read_bytes()
+        tokens = np.frombuffer(content[1024:], "<u2")
+        del entry["next"]
+        assert entry == {
+            "sha256": hashlib.sha256(content).hexdigest(),
+            "tokens": len(tokens),
+            "documents": np.count_nonzero(tokens == 256),
+            "size": len(content),
+            "mtime_ns": (out / name).stat().st_mtime_ns,
+        }
+
+
+SMALL_SHARDS = f"""
+import os, signal, sys
+sys.path.insert(0, {str(SCRIPT.parent)!r})
+import fineweb
+fineweb.SHARD_TOKENS = 20_000
+rename, calls = os.replace, 0
+def replace(*args):
+    global calls
+    calls += 1
+    if calls == {{kill_at}}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    rename(*args)
+os.replace = replace
+if __name__ == "__main__":
+    fineweb.main()
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+@pytest.mark.parametrize("kill_at", [4, 5])
+def test_your_own_text_after_kills_and_with_more_workers(tmp_path, sources, kill_at):
+    """SIGKILL right before a shard (4th new file of a call) or its entry of the record (5th) gets its name, again and
+    again. Catches a restart that draws other documents, or reads on at a wrong byte, row or piece.
+    """
+    folder, texts = tmp_path / "in", sources[100:200]
+    folder.mkdir()
+    write_documents(folder / "a.txt", ["".join(texts[:30])])
+    write_documents(folder / "b.jsonl.gz", texts[30:60])
+    write_documents(folder / "c.parquet", texts[60:])
+    script = tmp_path / "small_shards.py"
+
+    def call(out: Path, workers: int, kill_at: int) -> int:
+        script.write_text(SMALL_SHARDS.format(kill_at=kill_at))
+        options = ["--input", folder, "--tokenizer", "bytes", "--workers", workers, "--out", out]
+        return subprocess.run([sys.executable, script, *map(str, options)], capture_output=True).returncode
+
+    assert call(tmp_path / "at once", 1, kill_at=0) == 0
+    wanted = shards(tmp_path / "at once")
+    assert len(wanted) > 5
+    pieces = [p for text in ["".join(texts[:30]), *texts[30:]] for p in naive_cut(text.encode(), 2047)]
+    found = [bytes(document) for split in ("val", "train") for document in documents_of(wanted, split)]
+    assert sorted(found) == sorted(pieces) and len(wanted["fineweb_val_000000.bin"]) < 1024 + 2 * 20_000
+
+    kills = 0
+    while code := call(tmp_path / "out", 1 + kills % 3, kill_at):
+        assert code == -signal.SIGKILL
+        kills += 1
+        assert shards(tmp_path / "out").items() <= wanted.items()
+    assert kills > 3
+    assert_same(shards(tmp_path / "out"), wanted)
+
+    (tmp_path / "out/fineweb_val_000000.bin").unlink()
+    assert call(tmp_path / "out", 2, kill_at=0) == 0
+    assert_same(shards(tmp_path / "out"), wanted)
+
+
+@settings(derandomize=True, deadline=None)
+@given(
+    pieces=st.lists(
+        st.sampled_from(["\n", "\n\n", "\r\n", " ", "\t", "word", "é", "語", "🙂", "\n \t\n"]), max_size=60
+    ),
+    broken=st.binary(max_size=5),
+    most=st.integers(4, 40),
+)
+def test_texts_are_cut_at_the_best_place_that_fits(pieces: list[str], broken: bytes, most: int):
+    """Also bytes that are no UTF-8, which have to arrive where they are refused; catches an endless loop there."""
+    text = "".join(pieces).encode() + broken * 3 + "".join(pieces).encode()
+    assert list(fineweb.cut(text, most)) == naive_cut(text, most)
+
+
+def test_a_long_text_is_read_a_bit_at_a_time(tmp_path, monkeypatch):
+    """Catches a piece that depends on where a read ends, and a restart that numbers pieces anew."""
+    text = prose(30_000, 0).encode()
+    (tmp_path / "a.txt").write_bytes(text)
+    wanted = naive_cut(text, 300)
+    for size in (1, 299, 1000, 100_000):
+        monkeypatch.setattr(fineweb, "PIECE_BYTES", size)
+        pieces = list(fineweb.read_text(str(tmp_path / "a.txt"), fineweb.Position(3), 300))
+        assert [text for piece in pieces for text in piece.content] == wanted
+        middle = pieces[len(pieces) // 2].start
+        again = [text for piece in fineweb.read_text(str(tmp_path / "a.txt"), middle, 300) for text in piece.content]
+        assert again == wanted[middle.number :] and middle.file == 3
+        assert len(pieces) > 20 or size == 100_000
+
+
+def test_documents_of_other_tokenizers_are_cut_by_tokens(tmp_path, vocabulary):
+    """Text of 1 to 5 bytes a token: catches a limit in bytes alone, and a document cut where it did not have to be."""
+    texts = [prose(20_000, 0), "語言模型" * 700, "=" * 9000 + prose(5000, 1), "short", "0123456789" * 500]
+    write_documents(tmp_path / "a.jsonl", texts)
+    options = ["--input", tmp_path / "a.jsonl", "--tokenizer", vocabulary.file, "--shard-tokens", "1M"]
+    run(tmp_path / "out", *options, "--max-document", 500)
+    documents = documents_of(shards(tmp_path / "out"), "val", vocabulary.bos)
+    assert max(map(len, documents)) <= 499
+    decoded = [vocabulary.encoding.decode(document) for document in documents]
+    assert "".join(decoded) == "".join(texts)
+    assert [vocabulary.encoding.encode_ordinary(text) for text in decoded] == documents
+    assert "short" in decoded and len(documents) < 2 * sum(map(len, documents)) / 499, "no shorter than they have to be"
+
+
+@pytest.mark.parametrize("one_in", [2, 3, 4, 5, 6, 7, 10, 22, 50])
+def test_what_is_drawn_follows_no_rhythm(one_in: int):
+    """Every tenth line would be of one language, say, where a file alternates between two or five."""
+    drawn = np.array([fineweb.is_drawn(number, one_in) for number in range(4000 * one_in)])
+    assert drawn[0] and (drawn.reshape(-1, one_in).sum(axis=1) == 1).all()
+    for period in range(2, 13):
+        counts, mean = np.bincount(np.flatnonzero(drawn) % period, minlength=period), 4000 / period
+        assert abs(counts - mean).max() < 5.5 * mean**0.5, f"not as if by chance: period {period}"
+
+
+@pytest.mark.parametrize(
+    "size, tokenizer, limit, wanted",
+    [
+        (1_000_000, "bytes", None, (10, 10**8)),  # a tenth
+        (100_000, "bytes", None, (4, 10**8)),  # a row of 16,385 and a quarter more
+        (1000, "bytes", None, (2, 10**8)),  # at most half
+        (40_000_000, "gpt2", None, (10, 10**8)),
+        (8_000_000, "gpt2", None, (6, 10**8)),  # a row of 262,145 and a quarter more
+        (20_000_000_000, "bytes", None, (200, 10**8)),  # a shard
+        (20_000_000_000, "gpt2", None, (50, 10**8)),
+        (1_000_000, "bytes", 500_000, (10, 50_000)),  # a tenth of the limit
+        (1_000_000, "bytes", 1, (2, 1)),
+    ],
+)
+def test_how_much_is_for_validation(size, tokenizer, limit, wanted):
+    assert fineweb.validation_rule([{"name": "a.txt", "size": size}], tokenizer, limit) == wanted
+
+
+def test_a_limit_holds_for_both(tmp_path, own_texts, refusal):
+    """A tenth of it is for validation; nor can it be raised later, as that would draw others."""
+    options = ["--input", own_texts["txt"][0], "--tokenizer", "bytes", "--tokens"]
+    run(tmp_path / "out", *options, "300K")
+    assert [len(tokens_of(shards(tmp_path / "out"), split)) for split in ("val", "train")] == [30_000, 270_000]
+    assert "validation tokens is 30000, now 40000" in refusal(tmp_path / "out", *options, "400K")
+
+
+@pytest.mark.parametrize(
+    "texts, wanted",
+    [
+        (
+            [prose(45_000, 0)],
+            r"one document in 2\nnotice: .* 16,385 validation tokens or more, here are 2\d,\d+; .* here are 2\d,\d+\.",
+        ),
+        (["abc"], r"notice: a run of nano .* here are 4; and up to 491,760 train tokens, here are 0\."),
+        (["", "abc"], r"error: the input has no documents, or too few to draw one for validation"),
+    ],
+)
+def test_too_little_text_is_said(tmp_path, texts, wanted):
+    """With numbers, and not as an error of the writer where shards could be written."""
+    write_documents(tmp_path / "a.jsonl", texts)
+    output = run(tmp_path / "out", "--input", tmp_path / "a.jsonl", "--tokenizer", "bytes", code="error" in wanted)
+    assert re.search(wanted, output), output
 
 
 # Ends of all kinds
@@ -461,7 +732,7 @@ def test_every_format_and_its_restart(tmp_path, suffix):
     out, wanted = tmp_path / "out", expected(texts, 700_000)
     run(out, *options)
     assert_same(shards(out), wanted)
-    places = [shard["next"] for shard in json.loads((out / "fineweb.json").read_text())["shards"]]
+    places = [shard["next"] for shard in json.loads((out / "fineweb.json").read_text())["shards"].values()]
     assert len(places) >= 4
     assert all(place["skip"] < 2.5e6 for place in places), "tokens read again"
     assert (places[-2]["file"], places[-2]["offset"]) > (places[2]["file"], places[2]["offset"]) > (0, 0)
@@ -624,6 +895,8 @@ def broken_input(folder: Path) -> list[tuple[str, str]]:
         (folder / name).write_bytes(content)
     pyarrow.parquet.write_table(pyarrow.table({"id": [1], "body": ["x"]}), folder / "column.parquet")
     pyarrow.parquet.write_table(pyarrow.table({"text": [1, 2]}), folder / "numbers.parquet")
+    (folder / "empty").mkdir()
+    (folder / "empty/suffix.csv").write_text("a,b")
     binary = pyarrow.array([b"good", b"\xff"], pyarrow.binary())
     invalid = pyarrow.StringArray.from_buffers(2, *binary.buffers()[1:])
     pyarrow.parquet.write_table(pyarrow.table({"text": invalid}), folder / "utf8.parquet")
@@ -645,7 +918,7 @@ def broken_input(folder: Path) -> list[tuple[str, str]]:
         ("utf8.parquet", "utf8.parquet, rows 1 to 2: 'utf-8' codec can't decode"),
         ("suffix.csv", "suffix.csv: --input takes .jsonl, .jsonl.gz, .txt, .parquet"),
         ("none*.jsonl", "none*.jsonl matches no file"),
-        (".", "matches no file: write"),
+        ("empty", "empty matches no file .jsonl, .jsonl.gz, .txt, .parquet"),
     ]
 
 
@@ -654,9 +927,8 @@ def test_wrong_input_is_named(tmp_path):
     for pattern, message in broken_input(tmp_path):
         with pytest.raises(ShardError, match=re.escape(message)):
             files = fineweb.find_files([str(tmp_path / pattern)])
-            pieces = fineweb.read_pieces(
-                files, lambda file: contextlib.nullcontext(file["name"]), fineweb.Position(), "text"
-            )
+            fetch, rules = lambda file: contextlib.nullcontext(file["name"]), fineweb.Rules("text", None, None, None)
+            pieces = fineweb.read_pieces(files, fetch, fineweb.Position(), rules)
             for piece in pieces:
                 list(fineweb.documents(piece, "text"))
 
@@ -666,7 +938,7 @@ def test_wrong_input_is_named_by_the_script(tmp_path):
     (tmp_path / "empty.jsonl").write_text('\n{"text": ""}\n')
     broken = dict(broken_input(tmp_path))
     for i, pattern in enumerate(("json.jsonl", "empty.jsonl")):
-        message = broken.get(pattern, "the input has no documents: nothing was written")
+        message = broken.get(pattern, "the input has no documents, or too few to draw one for validation: nothing")
         options = ["--input", tmp_path / pattern, "--tokenizer", "bytes"]
         assert message in run(tmp_path / f"out{i}", *options, code=1)
         assert shards(tmp_path / f"out{i}") == {}
@@ -680,6 +952,7 @@ def test_wrong_options_are_refused(tmp_path, refusal):
         (["--shard-tokens", "3G"], "header holds at most 2,147,483,647"),
         (["--tokens", "1", "--shards", "1"], "not allowed with"),
         (["--input", "a.txt", "--sample", "10BT"], "leave one out"),
+        (["--max-document", "63"], "--max-document 63: expected at least 64"),
         (["--prefix", "a/b"], "--prefix a/b"),
         (["--prefix", "a_train_b"], "--prefix a_train_b"),
     ]:
@@ -883,4 +1156,4 @@ def test_a_hub_that_cannot_be_reached_or_refuses(tmp_path, hub):
     )
     assert time.perf_counter() - began < 15
     assert f"no list of HuggingFaceFW/fineweb-edu/sample/10BT from http://127.0.0.1:{hub.server_port}" in output
-    assert "--input 'FOLDER/*.parquet'" in output
+    assert "--input FOLDER --shard-tokens 100M" in output

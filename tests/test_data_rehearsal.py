@@ -62,6 +62,14 @@ def copy(folder: Path, to: Path) -> Path:
     return Path(shutil.copytree(folder, to))
 
 
+def described(folder: Path) -> dict:
+    """The sidecar, with the order of its shards, less their times, which have to be those of the files."""
+    sidecar = json.loads((folder / SIDECAR).read_text())
+    for name, entry in sidecar["shards"].items():
+        assert entry.pop("mtime_ns") == (folder / name).stat().st_mtime_ns
+    return sidecar | {"order": list(sidecar["shards"])}
+
+
 def shards(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.glob("*.bin"))}
 
@@ -353,17 +361,19 @@ def test_sidecar_describes_the_shards(small: Path):
         content, tokens = (small / name).read_bytes(), tokens_of(small / name)
         assert entry["sha256"] == hashlib.sha256(content).hexdigest()
         assert entry["tokens"] == len(tokens) and entry["documents"] == np.count_nonzero(tokens == sidecar["bos"])
+        assert (entry["size"], entry["mtime_ns"]) == (len(content), (small / name).stat().st_mtime_ns)
         assert tokens[0] == 299
     sizes = [entry["tokens"] for entry in sidecar["shards"].values()]
     assert sizes == [15_001, 20_000, 20_000, 20_000, 20_000, 10_000]
     assert sidecar["versions"]["numpy"] == np.__version__ and sidecar["settings"]["seed"] == 0
+    assert (sidecar["bos"], sidecar["vocab_size"]) == (299, 300)
 
 
 def test_number_of_workers_changes_nothing(small: Path, tmp_path: Path):
     """Catches blocks in the order in which they are done, or seeded by worker."""
     make(tmp_path, SMALL, workers=3)
     assert shards(tmp_path) == shards(small)
-    assert (tmp_path / SIDECAR).read_text() == (small / SIDECAR).read_text()
+    assert described(tmp_path) == described(small)
 
 
 def test_seeds_shards_and_blocks_differ(small: Path, tmp_path: Path):
@@ -400,7 +410,7 @@ def test_damage_is_repaired(small: Path, tmp_path: Path, damage: str):
     whole = {path: path.stat().st_mtime_ns for path in out.glob("*.bin") if path != victim}
     assert "wrote" in make(out, SMALL).stdout
     assert shards(out) == shards(small) and (out / SOURCE).exists()
-    assert json.loads((out / SIDECAR).read_text()) == json.loads((small / SIDECAR).read_text())
+    assert described(out) == described(small)
     assert all(path.stat().st_mtime_ns == then for path, then in whole.items())
 
 
@@ -412,6 +422,7 @@ def test_damage_is_repaired(small: Path, tmp_path: Path, damage: str):
         ("foreign shard", "fineweb_train_000001.bin"),
         ("no sidecar", SIDECAR),
         ("broken sidecar", SIDECAR),
+        ("older sidecar", "rehearsal.json is no sidecar of this version of the script"),
         ("other format", "format 0 (now 1)"),
     ],
 )
@@ -425,6 +436,10 @@ def test_a_folder_of_other_origin_is_refused(small: Path, tmp_path: Path, change
             (out / SIDECAR).unlink()
         case "broken sidecar":
             (out / SIDECAR).write_text("[]")
+        case "older sidecar":
+            (out / SIDECAR).write_text(
+                (out / SIDECAR).read_text().replace('"vocab_size": 300,\n  "marker"', '"marker"')
+            )
         case "other format":
             (out / SIDECAR).write_text((out / SIDECAR).read_text().replace('"format": 1', '"format": 0'))
         case _:
@@ -442,7 +457,7 @@ def finish_after_kill(out: Path, reference: Path) -> None:
     make(out, SMALL)
     assert shards(out) == shards(reference)
     assert sorted(p.name for p in out.iterdir()) == sorted(p.name for p in reference.iterdir())
-    assert json.loads((out / SIDECAR).read_text()) == json.loads((reference / SIDECAR).read_text())
+    assert described(out) == described(reference)
 
 
 @pytest.mark.parametrize("kill_at", [1, 3, 4, 15])
@@ -566,10 +581,10 @@ def test_a_worker_that_dies_is_a_message(tmp_path: Path):
 @pytest.mark.parametrize(
     ("option", "value", "code", "said"),
     [
-        ("tokens", "many", 2, "invalid count value"),
-        ("tokens", "1.5", 2, "invalid count value"),
-        ("tokens", "infk", 2, "invalid count value"),
-        ("tokens", 0, 1, "--tokens: found 0, expected between 2 and"),
+        ("tokens", "many", 2, "is not a positive count"),
+        ("tokens", "1.5", 2, "is not a positive count"),
+        ("tokens", "infk", 2, "is not a positive count"),
+        ("tokens", 1, 1, "--tokens: found 1, expected between 2 and"),
         ("vocab-size", 65536, 1, "--vocab-size: found 65,536"),
         ("copy-length", 12, 1, "--copy-length: found 12, expected between 1 and 11"),
         ("marker-one-in", 24, 1, "power of two"),
