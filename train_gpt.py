@@ -1,7 +1,7 @@
 """The NanoGPT speedrun: train a GPT to a target validation loss in the least wall-clock time, in one file.
 
-    python train_gpt.py nano            bytes of PyTorch's own sources to 1.22 nats/byte; 1.17, mean of 10 seeds,
-                                        in 18 s on two cores of an AMD EPYC, torch 2.13.0
+    python train_gpt.py nano            sources of two Python packages to 1.36 nats/byte; 1.31, mean of 10 seeds,
+                                        in 11 s on two cores of an AMD EPYC, torch 2.13.0
     ./run.sh small                      FineWeb to 3.28 nats/token, 1 to 8 GPUs of one or more nodes
 
 The file reads in the order in which data flows: tracks -> hot operations, kernels -> optimizer -> model -> data -> run.
@@ -32,6 +32,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -1961,7 +1962,7 @@ def default_data_dir(data: DataConfig) -> Path:
 
 def foreign_data(data_dir: Path, data: DataConfig) -> bool:
     """Whether the shards are, by what is recorded beside them, of other data than the track's."""
-    return any(sidecar.get("dataset") != data.dataset for sidecar in sidecars(data_dir))
+    return any(sidecar.get("dataset", data.dataset) != data.dataset for sidecar in sidecars(data_dir))
 
 
 def fetch_command(data_dir: Path, data: DataConfig) -> str:
@@ -2110,6 +2111,7 @@ class Progress:
     data: dict[str, str]  # identities of the shards opened so far, by name
     log_bytes: int  # length of the log and of its metrics so far: what comes later is written again
     metrics_bytes: int
+    event: dict[str, float]  # the numbers of the last step so far, which its validation is added to
     source: str  # SHA-256 of train_gpt.py
     settings: dict[str, object]  # of the track, flat, with seed and dtype
     world_size: int
@@ -2259,6 +2261,7 @@ class Saver:
             data=trainer.identities.all(),
             log_bytes=self.log.file.size if self.log.file else 0,
             metrics_bytes=self.log.metrics.size if self.log.file else 0,
+            event=dict(self.log.event),
             source=self.source,
             settings=self.settings,
             world_size=self.runtime.world_size,
@@ -2287,11 +2290,11 @@ class Saver:
                 if old < complete[-self.keep]:
                     shutil.rmtree(old, ignore_errors=True)
 
-    def finish(self) -> None:
-        """The run is complete: `--resume auto` need not look at it. Raises SpeedrunError if its last save failed."""
+    def finish(self, complete: bool) -> None:
+        """Mark a complete run, which `--resume auto` passes over. Raises SpeedrunError if its last save failed."""
         if not self.wait() and self.final:
             raise SpeedrunError(f"the final checkpoint could not be written to {self.folder}. Log: {self.log.path}")
-        if self.runtime.rank == 0 and self.folder.exists():
+        if complete and self.runtime.rank == 0 and self.folder.exists():
             (self.folder / "finished").touch()
 
 
@@ -2303,16 +2306,18 @@ def checkpoint_folders(run: Path) -> list[Path]:
 def find_checkpoint(track: Track, options: Options, runtime: Runtime, data_dir: Path) -> Checkpoint | None:
     """What --resume names: a step's folder, or the newest good one of a run's folder or (auto) of the newest run.
 
-    Those that are damaged are named and passed over. None: there is nothing to resume, with `auto` only. Raises
-    SpeedrunError where nothing can be resumed, or where source or settings have changed and --force is not given.
+    Those that are damaged are named and passed over. None, with `auto` only: there is nothing to resume, and it is said
+    why. Raises SpeedrunError where nothing can be resumed, or where source or settings have changed without --force.
     """
     if options.resume is None:
         return None
-    if options.resume == "auto":
-        runs = sorted(options.checkpoint_dir.glob(f"*-{track.name}-*"))
-        if not runs or (runs[-1] / "finished").exists():
-            return None
-        folders = checkpoint_folders(runs[-1])
+    auto = options.resume == "auto"
+    if auto:
+        folders, why = [], f"no run of {track.name} in {options.checkpoint_dir}"
+        if runs := sorted(options.checkpoint_dir.glob(f"*-{track.name}-*")):
+            finished = (runs[-1] / "finished").exists()
+            folders = [] if finished else checkpoint_folders(runs[-1])
+            why = f"the newest run, {runs[-1]}, {'is finished' if finished else 'has no good checkpoint'}"
     else:
         path = Path(options.resume)
         folders = checkpoint_folders(path) or [path]
@@ -2325,8 +2330,10 @@ def find_checkpoint(track: Track, options: Options, runtime: Runtime, data_dir: 
     for folder in reversed(folders):
         try:
             found = Checkpoint(folder)
+            if found.progress.step % 2 and found.progress.step < track.schedule.total_steps:
+                raise CheckpointError(f"{folder}: an odd step, after which Adam's gradients wait for those of the next")
         except CheckpointError as error:
-            if len(folders) == 1 and options.resume != "auto":
+            if len(folders) == 1 and not auto:
                 raise
             if runtime.rank == 0:
                 tqdm.write(f"passed over: {error}", file=sys.stderr)
@@ -2338,9 +2345,11 @@ def find_checkpoint(track: Track, options: Options, runtime: Runtime, data_dir: 
                 "say so, and is no record any more."
             )
         return found
-    if options.resume == "auto":
-        return None
-    raise CheckpointError(f"--resume {options.resume}: no good checkpoint in it.")
+    if not auto:
+        raise CheckpointError(f"--resume {options.resume}: no good checkpoint in it.")
+    if runtime.rank == 0:
+        tqdm.write(f"nothing to resume: {why}. A new run begins.")
+    return None
 
 
 def identity(track: Track, options: Options, runtime: Runtime) -> dict[str, object]:
@@ -2368,8 +2377,8 @@ class Options:
     """Folder of the shards. Default: data/<dataset> beside this file."""
     log_dir: Path = Path("logs")
     """Folder of the logs."""
-    tensorboard: bool = False
-    """Write TensorBoard's files beside the log as well."""
+    track_with: Literal["tensorboard", "wandb"] | None = None
+    """Give the numbers of each step to TensorBoard (files beside the log) or Weights & Biases as well."""
     val_every: int | None = None
     """Steps between validations, 0: only at the end. Default: that of the track."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -2809,9 +2818,8 @@ class LineFile:
 class RunLog:
     """logs/<run_id>.txt, written by rank 0 alone: source, environment and settings, then one line per event.
 
-    Beside it <run_id>.jsonl has the same events with more numbers, a JSON object per line, for other tools, and
-    TensorBoard's folder <run_id> where that is asked for. A resumed run goes on in its files, from where they were when
-    the checkpoint was written.
+    Beside it <run_id>.jsonl has all numbers of a step in one JSON object per line, for other tools; `track_with` gets
+    the same. A resumed run goes on in its files, from where they were when the checkpoint was written.
     """
 
     def __init__(
@@ -2822,10 +2830,11 @@ class RunLog:
         settings: dict[str, object],
         log_dir: Path,
         runtime: Runtime,
-        tensorboard: bool = False,
+        track_with: str | None = None,
         resumed: Progress | None = None,
     ):
-        self.file, self.board, self.total_steps = None, None, total_steps
+        self.file, self.tracker, self.total_steps = None, None, total_steps
+        self.event = dict(resumed.event) if resumed else {}
         self.run_id = resumed.run_id if resumed else new_run_id(name, runtime)
         self.path = log_dir / f"{self.run_id}.txt"
         if runtime.rank != 0:
@@ -2838,12 +2847,12 @@ class RunLog:
                 for path, size in ((self.path, resumed.log_bytes), (metrics, resumed.metrics_bytes)):
                     if path.stat().st_size < size:
                         raise SpeedrunError(f"{path}: shorter than when the checkpoint was written: lines are missing.")
+            if track_with:  # first: where it refuses, no empty log stays behind
+                self.tracker = open_tracker(track_with, log_dir, self.run_id, settings)
             self.file = LineFile(self.path, resumed and resumed.log_bytes)
             self.metrics = LineFile(metrics, resumed and resumed.metrics_bytes)
         except OSError as error:
             raise SpeedrunError(f"{self.path}: cannot write the log ({error.strerror}); see --log-dir.") from error
-        if tensorboard:
-            self.board = tensorboard_writer(log_dir / self.run_id)
         if os.environ.get("TRAIN_GPT_LOG_PATH_FILE"):
             Path(os.environ["TRAIN_GPT_LOG_PATH_FILE"]).write_text(str(self.path))
         if resumed is None:
@@ -2858,22 +2867,45 @@ class RunLog:
             self.file.write(line)
 
     def step(self, step: int, seconds: float, metrics: dict[str, float] | None = None, **losses: float) -> str:
-        """Write `step:S/N [val_loss:X] train_time:Tms step_avg:Ams` and return it; `metrics` go to other tools only."""
+        """Write `step:S/N [val_loss:X] train_time:Tms step_avg:Ams` and return it; `metrics` go to other tools only.
+
+        These get the numbers of several lines of a step together, with the first line of the next.
+        """
         values = "".join(f"{key}:{value:.4f} " for key, value in losses.items())
         average = 1000 * seconds / max(step, 1)
         line = f"step:{step}/{self.total_steps} {values}train_time:{1000 * seconds:.0f}ms step_avg:{average:.2f}ms"
         self.write(line)
         if self.file is not None:
-            numbers = losses | {"train_time": round(seconds, 6)} | (metrics or {})
-            self.metrics.write(json.dumps({"step": step} | numbers))
-            for key, value in numbers.items() if self.board else ():
-                self.board.add_scalar(key, value, step)
+            if self.event.get("step") != step:
+                self._write_event()
+            self.event |= {"step": step} | losses | {"train_time": round(seconds, 6)} | (metrics or {})
         return line
 
-    def close(self) -> None:
+    def _write_event(self) -> None:
+        if self.event:
+            self.metrics.write(json.dumps(self.event))
+            step = self.event.pop("step")
+            if self.tracker:
+                self.tracker.log(self.event, step=step)
+        self.event = {}
+
+    def close(self, exit_code: int = 0) -> None:
         """Close the files. Raises SpeedrunError where there is no room for their last lines."""
-        for file in (self.metrics, self.file) if self.file is not None else ():
-            file.close()
+        if self.file is not None:
+            self._write_event()
+            self.file.close()  # first: its lines are those to be shown
+            self.metrics.close()
+            if self.tracker:
+                self.tracker.finish(exit_code=exit_code)
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        """Close it, with a line that says why where an error or a signal ends the run."""
+        if error is not None:
+            self.write((str(error) or repr(error)).splitlines()[0])
+        self.close(exit_code=int(error is not None))
 
 
 def new_run_id(name: str, runtime: Runtime) -> str:
@@ -2884,13 +2916,32 @@ def new_run_id(name: str, runtime: Runtime) -> str:
     return made[0]
 
 
-def tensorboard_writer(folder: Path):
-    """TensorBoard's writer into a folder. Raises SpeedrunError where TensorBoard is not installed."""
+def open_tracker(name: str, log_dir: Path, run_id: str, settings: dict[str, object]):
+    """What takes the numbers of steps as a run of wandb does. Raises SpeedrunError where wandb cannot begin."""
+    if name == "tensorboard":
+        return TensorBoard(log_dir / run_id)
+    import wandb
+
     try:
+        return wandb.init(dir=log_dir, id=run_id, name=run_id, config=settings, resume="allow")
+    except wandb.Error as error:
+        raise SpeedrunError(f"--track-with wandb (WANDB_MODE=offline needs no account or network): {error}") from error
+
+
+class TensorBoard:
+    """TensorBoard's files, with the two methods of wandb's runs."""
+
+    def __init__(self, folder: Path):
         from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise SpeedrunError("--tensorboard needs a package: pip install tensorboard") from error
-    return SummaryWriter(str(folder))
+
+        self._writer = SummaryWriter(str(folder))
+
+    def log(self, numbers: dict[str, float], step: int) -> None:
+        for name, value in numbers.items():
+            self._writer.add_scalar(name, value, step)
+
+    def finish(self, exit_code: int) -> None:
+        self._writer.close()
 
 
 def flatten(value: object, prefix: str = "") -> dict[str, object]:
@@ -2934,38 +2985,41 @@ class Trainer:
         return total
 
     @torch.no_grad()
-    def exchange(
-        self, losses: list[Tensor], step: int, signal_here: int, log: RunLog, saver: Saver
-    ) -> tuple[float, int]:
-        """What the ranks tell each other now and then: the mean of the losses since the last time, and of signals.
+    def exchange(self, losses: list[Tensor], step: int, log: RunLog, saver: Saver) -> float:
+        """What the ranks tell each other now and then: the mean of the losses since the last time.
 
         Waits for the device. Raises SpeedrunError where a loss or a weight is not finite on some rank.
         """
         world, recent = self.runtime.world_size, torch.stack(losses)
         finite = [p.detach().norm().isfinite() for p in self.params.values()]
         bad = ~torch.cat((recent.isfinite(), torch.stack(finite).all()[None]))
-        values = torch.zeros(3 + world, dtype=torch.float64, device=recent.device)
+        values = torch.zeros(1 + world, dtype=torch.float64, device=recent.device)
         values[0] = recent.mean()
-        values[1] = signal_here == signal.SIGTERM
-        values[2] = signal_here == signal.SIGINT
-        values[3 + self.runtime.rank] = torch.where(bad.any(), len(bad) - bad.int().argmax(), 0)  # larger is earlier
-        mean, by_term, by_int, *ranks = self.runtime.sum(values).tolist()
+        values[1 + self.runtime.rank] = torch.where(bad.any(), len(bad) - bad.int().argmax(), 0)  # larger is earlier
+        mean, *ranks = self.runtime.sum(values).tolist()
         if any(ranks):
             rank = ranks.index(max(ranks))
             first = step + 1 - len(losses) + (len(bad) - int(ranks[rank]))
             what = "a weight" if first > step else f"the loss of step {first + 1}"
             give_up(f"{what} is not finite on rank {rank} of {world}, after {step + 1} steps", log, saver)
-        asked = signal.SIGTERM if by_term else signal.SIGINT if by_int else 0
-        return mean, asked
+        return mean
 
     @torch.no_grad()
-    def validate(self, settings: Settings, max_rows: int | None = None) -> float:
-        """Mean next-token cross-entropy over the validation stream, in nats per token, the same on every rank."""
+    def validate(self, settings: Settings, max_rows: int | None = None, interrupt: Interrupt | None = None) -> float:
+        """Mean next-token cross-entropy over the validation stream, in nats per token, the same on every rank.
+
+        NaN where `interrupt`, asked before each row that all ranks have, says that a signal has come.
+        """
         total = torch.zeros((), dtype=torch.float64, device=self.runtime.device)
         weights = self._weights((1.0,))
-        for i, row in enumerate(validation_rows(self.track, self.validation_tokens, self.runtime)):
+        rows, hidden = validation_rows(self.track, self.validation_tokens, self.runtime), self.runtime.rank > 0 or None
+        each = -(-self.track.data.val_tokens // self.track.data.val_row_tokens) / self.runtime.world_size
+        bar = tqdm(rows, "validation", math.ceil(each), unit="row", delay=5, leave=False, disable=hidden)
+        for i, row in enumerate(bar):
             if i == max_rows:
                 break
+            if interrupt and i < math.floor(each) and interrupt.ask():
+                return math.nan
             total += self.model(row, settings, weights)[1]
             self.runtime.alive()
         return self.runtime.sum(total).item() / self.track.data.val_tokens
@@ -3040,7 +3094,8 @@ class Trainer:
         """Compile and run every shape of the steps from `start` to `stop` once, then restore everything."""
         state, schedule = self.state(), self.track.schedule
         starts = [max(b, start) for b, end in pairwise((*schedule.boundaries(), stop)) if b < stop and end > start]
-        for start in starts:
+        hidden = self.runtime.rank > 0 or None
+        for start in tqdm(starts, "warm-up", unit="stage", delay=5, leave=False, disable=hidden):
             self.loader.position = state["loader"]
             for step in range(start, min(start + 2, stop)):  # an even and an odd step: Adam steps on odd ones
                 self.train_step(step)
@@ -3057,6 +3112,7 @@ def train(track: Track, options: Options, runtime: Runtime) -> float:
     total_steps = track.schedule.total_steps
     stop = total_steps if options.max_steps is None else min(options.max_steps, total_steps)
     check(track, options, runtime)
+    check_outputs(options, runtime)
     foreign = foreign_data(data_dir, track.data)
     if foreign:
         track = adapted(track, data_dir)
@@ -3068,7 +3124,7 @@ def train(track: Track, options: Options, runtime: Runtime) -> float:
     questions = read_hellaswag(options.eval, track) if options.eval else None  # before hours of training
     resumed = find_checkpoint(track, options, runtime, data_dir)
     start = resumed.progress.step if resumed else 0
-    if resumed and start >= stop:
+    if resumed and (start > stop or (start == stop and (resumed.folder.parent / "finished").exists())):
         raise SpeedrunError(f"{resumed.folder} is of step {start}, and the run ends at {stop}: nothing is left to do.")
     if runtime.compile:
         from torch._inductor import config as inductor
@@ -3084,66 +3140,72 @@ def train(track: Track, options: Options, runtime: Runtime) -> float:
         flatten(track) | flatten(options),
         options.log_dir,
         runtime,
-        options.tensorboard,
+        options.track_with,
         resumed.progress if resumed else None,
     )
-    saver = Saver(track, options, log, runtime)
-    say = tqdm.write if runtime.rank == 0 else lambda line: None
-    say(
-        f"{track.name}: {sum(p.numel() for p in trainer.params.values()):,} parameters on {runtime.world_size} x "
-        f"{runtime.device.type}, {runtime.dtype}, attention {runtime.attention}. log: {log.path}"
-    )
-    if track.target_loss is None:
-        repeated = f", read {track.data.epochs} times" if track.data.epochs > 1 else ""
-        say(f"data: {data_dir}{repeated}: its loss, over {track.data.val_tokens:,} tokens, compares with no record")
-    if resumed:
-        changes = "; ".join(resumed.changes(track, options, runtime, data_dir))
-        log.write(f"resumed at step {start} from {resumed.folder}" + (f" with --force: {changes}" if changes else ""))
-        say(f"resumed at step {start} from {resumed.folder}")
-    if options.warmup:
-        say("warming up (not timed)")
-        trainer.warm_up(stop, start)
-        if runtime.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
+    with log:
+        saver = Saver(track, options, log, runtime)
+        say = tqdm.write if runtime.rank == 0 else lambda line: None
+        say(
+            f"{track.name}: {sum(p.numel() for p in trainer.params.values()):,} parameters on {runtime.world_size} x "
+            f"{runtime.device.type}, {runtime.dtype}, attention {runtime.attention}. log: {log.path}"
+        )
+        if track.target_loss is None:
+            repeated = f", read {track.data.epochs} times" if track.data.epochs > 1 else ""
+            say(f"data: {data_dir}{repeated}: its loss, over {track.data.val_tokens:,} tokens, compares with no record")
+        if resumed:
+            changes = "; ".join(resumed.changes(track, options, runtime, data_dir))
+            how = f"resumed at step {start} from {resumed.folder}"
+            log.write(how + (f" with --force: {changes}" if changes else ""))
+            say(how)
+        if options.warmup:
+            say("warming up (not timed)")
+            with Interrupt(runtime, at_once=True):
+                trainer.warm_up(stop, start)
+            if runtime.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
 
-    clock, graphs = Clock(runtime, resumed.progress.seconds if resumed else 0.0), compilations()
-    val_loss = training_loop(trainer, clock, log, saver, start, stop, say)
-    if questions:
-        accuracy = hellaswag(trainer.model, track, stop, runtime, questions)
-        log.write(str(accuracy))
-        say(str(accuracy))
-    if runtime.heartbeat is not None:
-        runtime.heartbeat.stop()  # from here on rank 0 works alone
-    if runtime.compile:
-        log.write(f"compilations after the clock started: {compilations() - graphs}")
-    finish(trainer, log, options, clock.elapsed, val_loss, stop, say)
-    saver.finish()
-    log.close()
+        clock, graphs = Clock(runtime, resumed.progress.seconds if resumed else 0.0), compilations()
+        val_loss = training_loop(trainer, clock, log, saver, start, stop, say)
+        if questions:
+            accuracy = hellaswag(trainer.model, track, stop, runtime, questions)
+            log.write(str(accuracy))
+            say(str(accuracy))
+        if runtime.heartbeat is not None:
+            runtime.heartbeat.stop()  # from here on rank 0 works alone
+        if runtime.compile:
+            log.write(f"compilations after the clock started: {compilations() - graphs}")
+        finish(trainer, log, options, clock.elapsed, val_loss, stop, say)
+        saver.finish(complete=stop == total_steps)
     return val_loss
 
 
 def training_loop(trainer: Trainer, clock: Clock, log: RunLog, saver: Saver, start: int, stop: int, say) -> float:
     """Train from step `start` to `stop`, save, validate, log. Returns the last validation loss."""
     track, runtime = trainer.track, trainer.runtime
-    val_every, losses, ends, graphs = track.schedule.val_every, [], 0, compilations()
+    val_every, losses, graphs = track.schedule.val_every, [], compilations()
     tokens_seen = sum(track.at(step).stage.tokens for step in range(start))
     with (
         Interrupt(runtime) as interrupt,
         tqdm(total=stop, initial=start, unit="step", disable=runtime.rank > 0 or None) as bar,
     ):
         for step in range(start, stop + 1):
-            saves = step > start and (saver.due(step, stop) or (ends and saver.on))
+            saves = step > start and saver.due(step, stop)
             validates = step == stop or (val_every and step % val_every == 0)
-            if saves or validates or ends:
+            if saves or validates or interrupt.agreed:
                 clock.stop()
             if saves:
                 saver.save(trainer, step, clock.elapsed)
-            if ends and step < stop:
+            if validates and not interrupt.agreed:
+                val_loss = trainer.validate(track.validation_at(step), interrupt=interrupt)
+            if interrupt.agreed:
+                if saver.on and not saves and step > start and step % 2 == 0:
+                    saver.save(trainer, step, clock.elapsed)
                 saver.wait()
-                log.write(f"stopped by {signal.Signals(ends).name} after {step} steps")
-                raise Interrupted(ends, step, saver.latest)
+                if runtime.world_size > 1:
+                    dist.barrier()  # when one rank is gone the launcher ends the others, in the midst of their writing
+                raise Interrupted(interrupt.agreed, f"after {step} steps", saver.latest)
             if validates:
-                val_loss = trainer.validate(track.validation_at(step))
                 say(log.step(step, clock.elapsed, {"tokens": tokens_seen}, val_loss=val_loss))
                 if not math.isfinite(val_loss):
                     give_up(f"the validation loss is {val_loss} after {step} steps", log, saver)
@@ -3164,21 +3226,35 @@ def training_loop(trainer: Trainer, clock: Clock, log: RunLog, saver: Saver, sta
             bar.update()
             asked = interrupt.signal if runtime.world_size == 1 else 0  # several ranks have to agree on the step
             if (step + 1) % LOSS_EVERY == 0 or step + 1 == stop or saver.due(step + 1, stop) or asked:
-                train_loss, asked = trainer.exchange(losses, step, interrupt.signal, log, saver)
+                train_loss = trainer.exchange(losses, step, log, saver)
                 losses.clear()
                 line = log.step(step + 1, seconds, metrics, train_loss=train_loss)
                 bar.set_postfix_str(f"loss {train_loss:.4f}, {tokens_seen / clock.read():,.0f} tokens/s")
                 if bar.disable and (step + 1) % (10 * LOSS_EVERY) == 0:
                     say(line)  # where no bar can be drawn
-                ends = asked if settings.adam_steps or not saver.on else 0
+                if settings.adam_steps or not saver.on:
+                    interrupt.ask()
     raise AssertionError("the loop returns at its last step")
 
 
 class Interrupt:
-    """Takes SIGINT and SIGTERM while the loop runs, which ends after the step; a second one ends it at once."""
+    """Takes SIGINT and SIGTERM, which the loop asks for after a step and between the rows of a validation.
 
-    def __init__(self, runtime: Runtime):
-        self.signal, self._world_size = 0, runtime.world_size
+    A second one ends the run at once; so does the first where there is nothing to save, `at_once`.
+    """
+
+    def __init__(self, runtime: Runtime, at_once: bool = False):
+        self.signal = self.agreed = 0
+        self._runtime, self._at_once = runtime, at_once
+
+    def ask(self) -> int:
+        """The signal that some rank was sent, 0 for none, kept in `agreed`. All ranks ask at the same places."""
+        self.agreed = self.signal
+        if self._runtime.world_size > 1:
+            number = torch.tensor(self.signal, device=self._runtime.device)
+            dist.all_reduce(number, dist.ReduceOp.MAX)
+            self.agreed = int(number)
+        return self.agreed
 
     def __enter__(self) -> Interrupt:
         self._before = {}
@@ -3187,23 +3263,26 @@ class Interrupt:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None and self._world_size > 1:
-            return  # another rank has died: the launcher's SIGTERM must not come before the message
+        # With several ranks an error ends the process: the launcher's SIGTERM must not come before its message.
+        ends = kind is not None and self._runtime.world_size > 1
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if ends else handler)
 
     def _take(self, number: int, _: object) -> None:
-        if self.signal:
+        if self._at_once:
+            raise Interrupted(number, "in the warm-up")
+        if not self.signal:
+            self.signal, self._came = number, time.monotonic()
+        elif time.monotonic() > self._came + 1:  # else a launcher only passes on what this rank was sent as well
             raise KeyboardInterrupt
-        self.signal = number
 
 
-class Interrupted(Exception):
+class Interrupted(BaseException):  # which no `except Exception` of a compiler on the way takes
     """The run was ended by a signal, with all that it has done so far on disk."""
 
-    def __init__(self, number: int, step: int, saved: Path | None):
+    def __init__(self, number: int, when: str, saved: Path | None = None):
         how = f"; go on with --resume {saved}" if saved else ", what the log holds so far is kept"
-        super().__init__(f"stopped by {signal.Signals(number).name} after {step} steps{how}")
+        super().__init__(f"stopped by {signal.Signals(number).name} {when}{how}")
         self.code = 128 + number
 
 
@@ -3213,9 +3292,8 @@ def compilations() -> int:
 
 
 def give_up(reason: str, log: RunLog, saver: Saver) -> NoReturn:
-    """End the run for numbers that are not finite: raises SpeedrunError, and says so in the log."""
+    """End the run for numbers that are not finite: raises SpeedrunError."""
     saver.wait()
-    log.write(f"{reason}: the run stops.")
     kept = f"The last finite state is {saver.latest}. " if saver.latest else ""
     raise SpeedrunError(f"{reason}: the run stops. {kept}Lower the learning rates. Log: {log.path}")
 
@@ -3262,13 +3340,34 @@ def check(track: Track, options: Options, runtime: Runtime) -> None:
             raise SpeedrunError(said)
 
 
+def check_outputs(options: Options, runtime: Runtime) -> None:
+    """Refuse at once what would fail after the last step: raises SpeedrunError. RunLog does the same for --log-dir."""
+    if options.track_with and importlib.util.find_spec(options.track_with) is None:
+        raise SpeedrunError(f"--track-with {options.track_with} needs a package: pip install {options.track_with}")
+    saves = options.save_every or options.save_final
+    exports = options.export and runtime.rank == 0
+    for name, folder in (("checkpoint-dir", saves and options.checkpoint_dir), ("export", exports and options.export)):
+        if folder:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                tempfile.TemporaryFile(dir=folder).close()
+            except OSError as error:
+                raise SpeedrunError(
+                    f"--{name} {folder}: cannot be written ({error.strerror}); name another."
+                ) from error
+
+
 def finish(trainer: Trainer, log: RunLog, options: Options, seconds: float, val_loss: float, stop: int, say) -> None:
     """The end of the log and the verdict on the terminal."""
     track, runtime = trainer.track, trainer.runtime
-    note = ""
-    if stop < track.schedule.total_steps:
-        note = f"incomplete run: stopped after {stop} of {track.schedule.total_steps} steps by --max-steps"
-        log.write(note)
+    total_steps = track.schedule.total_steps
+    if stop < total_steps:
+        log.write(f"incomplete run: stopped after {stop} of {total_steps} steps by --max-steps")
+        verdict = f"incomplete, {stop} of {total_steps} steps"
+    elif track.target_loss is None:
+        verdict = "no target on other or repeated data; trained"
+    else:
+        verdict = f"{'reached' if val_loss <= track.target_loss else 'missed'} {track.target_loss}"
     if runtime.device.type == "cuda":
         allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
     else:
@@ -3277,12 +3376,7 @@ def finish(trainer: Trainer, log: RunLog, options: Options, seconds: float, val_
     for name, shard in trainer.identities.all().items():
         log.write(f"data: {name} {shard}")
     log.write(f"peak memory allocated: {allocated // mib} MiB reserved: {reserved // mib} MiB")
-    if track.target_loss is None:
-        verdict = f"trained in {seconds:.1f} s, on other data or repeated, so that no target applies"
-    else:
-        verdict = f"{'reached' if val_loss <= track.target_loss else 'missed'} {track.target_loss} in {seconds:.1f} s"
-    say(f"{verdict}: validation loss {val_loss:.4f}")
-    say(f"{note}\nlog: {log.path}" if note else f"log: {log.path}")
+    say(f"{verdict} in {seconds:.1f} s: validation loss {val_loss:.4f}\nlog: {log.path}")
     if runtime.rank == 0 and options.export:
         export(options.export, trainer.model, track, stop)
         say(f"exported to {options.export}: python train_gpt.py sample {options.export}")
@@ -3532,17 +3626,23 @@ def jsonl_records(path: Path) -> list[dict]:
     try:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, ValueError) as error:
-        raise SpeedrunError(f"{path}: no JSONL file to be read ({error}). Or name none: --data hellaswag.") from error
+        raise SpeedrunError(
+            f"{path}: no JSONL file to be read ({error}). `hellaswag` instead of it stands for the items of the hub."
+        ) from error
 
 
 def hub_records() -> list[dict]:
     """The 10,042 validation items of Rowan/hellaswag."""
+    where = {"filename": "data/validation-00000-of-00001.parquet", "repo_id": "Rowan/hellaswag", "repo_type": "dataset"}
     try:
         import pyarrow.parquet
-        from huggingface_hub import hf_hub_download
+        from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 
-        file = "data/validation-00000-of-00001.parquet"
-        return pyarrow.parquet.read_table(hf_hub_download("Rowan/hellaswag", file, repo_type="dataset")).to_pylist()
+        path = try_to_load_from_cache(**where)
+        if not isinstance(path, str):
+            get_hf_file_metadata(hf_hub_url(**where))  # fails at once without a network; the next line tries for 25 s
+            path = hf_hub_download(**where)
+        return pyarrow.parquet.read_table(path).to_pylist()
     except ImportError as error:
         raise SpeedrunError(f"HellaSwag comes as a parquet file: {error}. pip install pyarrow") from error
     except Exception as error:  # the hub's own errors have no common base

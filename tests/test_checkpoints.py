@@ -74,6 +74,12 @@ def lines(out: Path) -> list[str]:
     return [TIMES.sub("", line) for line in body.splitlines() if not line.startswith("resumed at")]
 
 
+def metrics(out: Path) -> list[dict]:
+    """The objects of the newest run's .jsonl, without its times."""
+    path = sorted((out / "logs").glob("*.jsonl"))[-1]
+    return [json.loads(line) | {"train_time": 0} for line in path.read_text().splitlines()]
+
+
 def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
     """Bit for bit, but for the random generator, which nothing in training uses."""
     assert a.keys() == b.keys()
@@ -108,11 +114,7 @@ def test_a_resumed_run_ends_bit_for_bit_as_the_undisturbed_one(tiny_data, undist
     assert lines(tmp_path) == lines(undisturbed)
     (log,) = (tmp_path / "logs").glob("*.txt")
     assert len(re.findall(rf"^resumed at step {step} from ", log.read_text(), re.M)) == 1
-    metrics = []
-    for folder in (tmp_path, undisturbed):
-        events = next((folder / "logs").glob("*.jsonl")).read_text().splitlines()
-        metrics.append([json.loads(event) | {"train_time": 0} for event in events])
-    assert metrics[0] == metrics[1]
+    assert metrics(tmp_path) == metrics(undisturbed)
 
 
 def test_both_halves_of_bfloat16_weights_are_kept(tiny_data, tmp_path):
@@ -138,15 +140,54 @@ def test_the_clock_adds_up(tiny_data, undisturbed, tmp_path):
     assert after >= 1000 * saved > 0
 
 
-def test_only_the_newest_checkpoints_stay_and_a_finished_run_is_not_resumed(tiny_data, tmp_path):
+def test_only_the_newest_checkpoints_stay_and_a_finished_run_is_not_resumed(tiny_data, tmp_path, capsys):
+    """Catches: a new run in silence, where the user thinks that the old one goes on."""
     run(tiny_data, tmp_path)
+    said = re.findall("^nothing to resume: .*", capsys.readouterr().out, re.M)
+    assert said == [f"nothing to resume: no run of nano in {tmp_path / 'checkpoints'}. A new run begins."]
     (folder,) = (tmp_path / "checkpoints").iterdir()
     assert sorted(p.name for p in folder.iterdir()) == ["finished", "step_000018", "step_000020"]
     assert not list(folder.rglob("*.part"))
     run(tiny_data, tmp_path, "--max-steps", "2")
     assert len(list((tmp_path / "checkpoints").iterdir())) == 2, "auto began a new run"
+    said = re.findall("^nothing to resume: .*", capsys.readouterr().out, re.M)
+    assert said == [f"nothing to resume: the newest run, {folder}, is finished. A new run begins."]
     with pytest.raises(SpeedrunError, match="nothing is left to do"):
         run(tiny_data, tmp_path, "--resume", folder)
+
+
+def test_a_run_cut_by_max_steps_goes_on(tiny_data, undisturbed, tmp_path):
+    """Catches: a part of a run that counts as finished, so that `auto` begins anew at step 0."""
+    for _ in range(2):  # the second time there is nothing to train: the validation alone is done again
+        run(tiny_data, tmp_path, "--max-steps", "8")
+        assert "incomplete run: stopped after 8 of 20 steps by --max-steps" in lines(tmp_path)
+    run(tiny_data, tmp_path)
+    assert "resumed at step 8 " in next((tmp_path / "logs").glob("*.txt")).read_text()
+    assert_equal(final(tmp_path), final(undisturbed))
+    assert lines(tmp_path) == lines(undisturbed) and metrics(tmp_path) == metrics(undisturbed)
+
+
+def test_an_odd_step_is_not_resumed(tiny_data, undisturbed, tmp_path, capsys):
+    """Catches: a run that goes on without the gradients that Adam has yet to use, to another end."""
+    run(tiny_data, tmp_path, "--max-steps", "7", "--save-every", "0")
+    (folder,) = (tmp_path / "checkpoints").iterdir()
+    with pytest.raises(CheckpointError, match="step_000007: an odd step"):
+        run(tiny_data, tmp_path, "--resume", folder)
+    capsys.readouterr()
+    run(tiny_data, tmp_path)
+    shown = capsys.readouterr()
+    assert "passed over" in shown.err and f"the newest run, {folder}, has no good checkpoint. A new run" in shown.out
+    assert_equal(final(tmp_path), final(undisturbed))
+
+
+def test_a_run_killed_in_its_last_validation_goes_on_there(tiny_data, undisturbed, tmp_path):
+    """Catches: "nothing is left to do" for a run whose result nobody has seen."""
+    until_step(tmp_path, undisturbed, 20)
+    path = next((tmp_path / "logs").glob("*.txt"))
+    path.write_bytes(path.read_bytes()[: path.read_bytes().rindex(b"step:20/20 val_loss")])
+    run(tiny_data, tmp_path)
+    assert lines(tmp_path) == lines(undisturbed) and metrics(tmp_path) == metrics(undisturbed)
+    assert list((tmp_path / "checkpoints").glob("*/finished"))
 
 
 @pytest.mark.parametrize(
@@ -310,6 +351,131 @@ def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(tiny_data, undis
     assert_equal(final(tmp_path), final(undisturbed))
 
 
+@pytest.mark.parametrize(
+    ("options", "step", "saved"),
+    [
+        ("--save-every 6", 8, 8),
+        ("--save-every 6", 20, 20),
+        ("--save-every 4 --val-every 9", 9, 8),
+        ("--save-every 0 --no-save-final", 8, None),
+    ],
+)
+def test_a_signal_ends_a_validation_between_its_rows(
+    tiny_data, undisturbed, tmp_path, monkeypatch, options, step, saved
+):
+    """After the first of its eight rows. Catches: a validation that is done to its end, half of one in the log, a
+    checkpoint after an odd step, a signal in the last validation that is forgotten."""
+    real_rows, real_validate, seen = train_gpt.validation_rows, train_gpt.Trainer.validate, []
+
+    def validation_rows(*arguments):
+        for row in real_rows(*arguments):
+            seen.append(row)
+            yield row
+            if here[0] and len(seen) == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    def validate(self, settings, *arguments, **more):
+        here[0] = settings == self.track.validation_at(step)
+        seen.clear()
+        return real_validate(self, settings, *arguments, **more)
+
+    here = [False]
+    monkeypatch.setattr(train_gpt, "validation_rows", validation_rows)
+    monkeypatch.setattr(train_gpt.Trainer, "validate", validate)
+    with pytest.raises(train_gpt.Interrupted) as end:
+        run(tiny_data, tmp_path, *options.split())
+    assert end.value.code == 143 and len(seen) == 2, "the second row is read, but not computed"
+    folders = sorted((tmp_path / "checkpoints").glob("*/step_*"))
+    assert (int(folders[-1].name.removeprefix("step_")) if folders else None) == saved
+    how = f"; go on with --resume {folders[-1]}" if saved else ", what the log holds so far is kept"
+    assert str(end.value) == f"stopped by SIGTERM after {step} steps{how}" == lines(tmp_path)[-1]
+    assert not [line for line in lines(tmp_path) if line.startswith(f"step:{step}/20 val_loss")]
+    if "--val-every" not in options and saved:
+        monkeypatch.undo()
+        run(tiny_data, tmp_path)
+        assert_equal(final(tmp_path), final(undisturbed))
+        assert [line for line in lines(tmp_path) if "train_loss" not in line] == [
+            line for line in lines(undisturbed) if "train_loss" not in line
+        ]
+
+
+def test_a_signal_ends_the_warm_up_at_once(tiny_data, tmp_path, monkeypatch):
+    """Catches: a checkpoint of the state that the warm-up has yet to restore; a compiler that takes the signal for an
+    error of its own."""
+
+    def train_step(self, step):
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(60)
+        except Exception:
+            raise AssertionError("taken for another error") from None
+
+    monkeypatch.setattr(train_gpt.Trainer, "train_step", train_step)
+    with pytest.raises(train_gpt.Interrupted, match="stopped by SIGINT in the warm-up") as end:
+        run(tiny_data, tmp_path)
+    assert end.value.code == 130 and not list((tmp_path / "checkpoints").rglob("*"))
+    assert lines(tmp_path)[-1].startswith("stopped by SIGINT in the warm-up")
+
+
+def test_a_second_signal_ends_the_run_at_once(monkeypatch):
+    """Unless it comes right after the first. Catches: a run that can only be killed."""
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), train_gpt.Interrupt(cpu()) as interrupt:
+        for now in (100.0, 100.9):  # noqa: B007 - the clock reads it
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert interrupt.ask() == signal.SIGTERM
+        now = 101.1
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+SIGNALLED = """
+import os, signal, sys, time, train_gpt
+where = sys.argv.pop(1)
+rows, train_step, calls = train_gpt.validation_rows, train_gpt.Trainer.train_step, []
+write = train_gpt.write_checkpoint
+
+def validation_rows(track, tokens, runtime):
+    calls.append(0)
+    for i, row in enumerate(rows(track, tokens, runtime)):
+        if where == "validation" and len(calls) == 2 and runtime.rank == 1 and i == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)  # as where a scheduler tells all processes, and the launcher once more
+        yield row
+
+def warm_up_step(self, step):
+    if where == "warm-up" and step == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return train_step(self, step)
+
+def write_checkpoint(folder, rank, *arguments):
+    time.sleep(rank)  # the launcher ends rank 1 as soon as rank 0 is gone
+    write(folder, rank, *arguments)
+
+train_gpt.validation_rows, train_gpt.Trainer.train_step = validation_rows, warm_up_step
+train_gpt.write_checkpoint = write_checkpoint
+train_gpt.main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("where", "said"), [("validation", "after 8 steps; go on with"), ("warm-up", "in the warm-up")]
+)
+def test_ranks_end_together_on_a_signal(tiny_data, tmp_path, where, said):
+    """In the validation one of two gets it, before the last row that both have, with a row more on rank 0; in the
+    warm-up both, as from a launcher. Catches: a rank that waits for the other, a checkpoint with one rank's pieces."""
+    script = tmp_path / "signalled.py"
+    script.write_text(SIGNALLED)
+    arguments = words(tiny_data, tmp_path, "--save-every", "6", "--data.val-tokens", "600")
+    done = torchrun(2, script, where, "nano", *arguments)
+    assert done.stderr.count(f"stopped by SIGTERM {said}") == 1, done.stderr[-3000:]
+    assert re.search(r"exitcode +: 143", done.stderr) and "has died" not in done.stderr and "hangs" not in done.stderr
+    folders = sorted((tmp_path / "checkpoints").glob("*/step_*"))
+    assert [Checkpoint(folder).progress.step for folder in folders] == ([6, 8] if where == "validation" else [])
+
+
 def wait_for(condition, process: subprocess.Popen, seconds: float = 60) -> None:
     """Until it holds, or the process has ended."""
     begin = time.monotonic()
@@ -401,6 +567,20 @@ def test_a_full_disk_ends_neither_log_nor_run(tmp_path, capsys, monkeypatch):
     room[0] = 1000
     log.close()
     assert (tmp_path / "log.txt").read_text().endswith("line 9\nlost\n")
+
+
+def test_the_lines_of_the_record_are_shown_where_a_full_disk_has_no_room_for_them(tmp_path):
+    """Catches: the last lines of the .jsonl in the place of those that make the record."""
+    log = train_gpt.RunLog("nano", 20, "", {}, tmp_path, cpu())
+
+    class Full(io.RawIOBase):
+        def write(self, data: bytes) -> int:
+            raise OSError(28, "No space left on device")
+
+    log.file._file = log.metrics._file = Full()
+    log.step(20, 1.0, {"tokens": 5}, val_loss=1.5)
+    with pytest.raises(SpeedrunError, match=r"\.txt: not complete, its last 1 lines[^$]*\nstep:20/20 val_loss:1\.5000"):
+        log.close()
 
 
 def test_a_checkpoint_that_cannot_be_written_is_said_and_the_run_goes_on(tiny_data, tmp_path, monkeypatch, capsys):

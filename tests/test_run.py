@@ -1,5 +1,7 @@
 """The run: warm-up, clock, log, validation, errors, as SPEC section 6 and the command line promise them."""
 
+import io
+import itertools
 import json
 import re
 import shutil
@@ -12,6 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import tqdm.std
 from conftest import BOS, REPO, cpu, documents, run_process, tiny_options, tiny_track, write_shard
 
 import train_gpt
@@ -187,25 +190,90 @@ def test_every_line_of_a_step_parses_and_adds_up(whole_log):
     assert plain == list(range(1, 21))
 
 
+def events_of(log_dir: Path) -> list[dict]:
+    (path,) = log_dir.glob("*.jsonl")
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def test_the_metrics_are_the_events_of_the_log_as_json(tiny_data, tmp_path):
-    """Catches: events that miss in one of the two files, tokens or a learning rate of another step."""
+    """Catches: a step in several objects or in none, a number that is in one of the two files alone, tokens or a
+    learning rate of another step."""
     track = few_rows(val_every=8)
     log = run(track, tmp_path, tiny_data, seed=11)
-    (path,) = tmp_path.glob("*.jsonl")
-    events = [json.loads(line) for line in path.read_text().splitlines()]
-    assert len(events) == len(lines_of(log))
-    for event, line in zip(events, lines_of(log), strict=True):
-        assert event["step"] == int(line["step"]) and round(1000 * event["train_time"]) == int(line["ms"])
-        assert event["tokens"] == sum(track.at(step).stage.tokens for step in range(event["step"]))
+    events = events_of(tmp_path)
+    assert [event["step"] for event in events] == list(range(21))
+    losses = {"train_loss": {}, "val_loss": {}}
+    last_ms = {}
+    for line in lines_of(log):
+        last_ms[int(line["step"])] = int(line["ms"])
         if line["kind"]:
-            assert event[line["kind"]] == pytest.approx(float(line["loss"]), abs=6e-5)
-        if line["kind"] != "val_loss":
-            at = track.at(event["step"] - 1)
-            assert (event["lr"], event["momentum"]) == (at.lr, at.momentum)
+            losses[line["kind"]][int(line["step"])] = float(line["loss"])
+    for event in events:
+        step = event["step"]
+        assert round(1000 * event["train_time"]) == last_ms[step]
+        assert event["tokens"] == sum(track.at(before).stage.tokens for before in range(step))
+        if step:
+            assert (event["lr"], event["momentum"]) == (track.at(step - 1).lr, track.at(step - 1).momentum)
+    for kind, told in losses.items():
+        found = {event["step"]: event[kind] for event in events if kind in event}
+        assert found == pytest.approx(told, abs=6e-5), kind
+
+
+WANDB = """
+class Error(Exception): pass
+class Run:
+    def __init__(self, settings): self.settings, self.logged, self.ended = settings, [], None
+    def log(self, data, step=None): self.logged.append((step, dict(data)))
+    def finish(self, exit_code=None): self.ended = exit_code
+def init(**settings):
+    if settings["config"]["seed"] == 99: raise Error("no API key configured")
+    runs.append(Run(settings))
+    return runs[-1]
+runs = []
+"""
+
+
+@pytest.fixture
+def wandb(tmp_path, monkeypatch):
+    """A stand-in for the package, which the requirements leave out."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "wandb.py").write_text(WANDB)
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    import wandb
+
+    yield wandb
+    del sys.modules["wandb"]
+
+
+def test_wandb_gets_the_same_numbers(wandb, tiny_data, tmp_path):
+    """Catches: a step told twice, settings that are missing, a failed run that counts as finished, another rank's."""
+    logs = tmp_path / "logs"
+    log = run(few_rows(val_every=8), logs, tiny_data, track_with="wandb", seed=11)
+    (told,) = wandb.runs
+    assert told.logged == [(event.pop("step"), event) for event in events_of(logs)]
+    assert told.ended == 0 and told.settings["dir"] == logs
+    assert told.settings["config"]["schedule.val_every"] == 8 and told.settings["config"]["seed"] == 11
+    assert told.settings["id"] == told.settings["name"] == next(logs.glob("*.txt")).stem
+    assert "\ntrack_with: wandb\n" in log
+
+    class Other:
+        rank, world_size = 1, 1
+
+    log = train_gpt.RunLog("nano", 20, "", {}, logs, Other(), track_with="wandb")
+    log.step(1, 1.0, train_loss=2.0)
+    log.close()
+    assert len(wandb.runs) == 1
+    with pytest.raises(train_gpt.SpeedrunError, match=r"WANDB_MODE=offline.*no API key"):
+        run(few_rows(), logs, tiny_data, track_with="wandb", seed=99)
+    assert len(list(logs.glob("*.txt"))) == 1
+    with pytest.raises(ZeroDivisionError), train_gpt.RunLog("nano", 20, "", {"seed": 1}, logs, cpu(), "wandb"):
+        raise ZeroDivisionError
+    assert wandb.runs[-1].ended == 1
 
 
 def test_tensorboard_gets_the_same_numbers(tiny_data, tmp_path, monkeypatch):
-    """With a stand-in for the package, which the requirements leave out; without it the option says what to install."""
+    """With a stand-in for the package, which the requirements leave out. Catches: a file that is not closed."""
     scalars = {}
 
     class SummaryWriter:
@@ -215,18 +283,18 @@ def test_tensorboard_gets_the_same_numbers(tiny_data, tmp_path, monkeypatch):
         def add_scalar(self, name: str, value: float, step: int) -> None:
             scalars[name, step] = value
 
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=SummaryWriter))
-    run(few_rows(), tmp_path, tiny_data, tensorboard=True)
-    (log,) = tmp_path.glob("*.txt")
-    assert scalars["folder"] == log.with_suffix("")
-    events = [json.loads(line) for line in log.with_suffix(".jsonl").read_text().splitlines()]
-    for event in events:
-        for key in event.keys() - {"step", "train_time"}:
-            assert scalars[key, event["step"]] == event[key]
+        def close(self) -> None:
+            scalars["closed"] = True
 
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(train_gpt.SpeedrunError, match="pip install tensorboard"):
-        run(few_rows(), tmp_path, tiny_data, tensorboard=True)
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "tensorboard.py").touch()
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=SummaryWriter))
+    run(few_rows(), tmp_path / "logs", tiny_data, track_with="tensorboard")
+    assert scalars.pop("folder") == next((tmp_path / "logs").glob("*.txt")).with_suffix("")
+    assert scalars.pop("closed")
+    events = events_of(tmp_path / "logs")
+    assert scalars == {(key, event["step"]): event[key] for event in events for key in event.keys() - {"step"}}
 
 
 def test_validation_comes_every_so_many_steps_and_at_the_end(whole_log, tiny_data, tmp_path):
@@ -298,7 +366,9 @@ def test_max_steps_stops_early_and_marks_the_log(tiny_data, tmp_path, capsys):
     assert re.search(r"^incomplete run: stopped after 7 of 20 steps", log, re.M)
     assert log.splitlines()[-1].startswith("peak memory allocated")
     assert [int(line["step"]) for line in lines_of(log) if not line["kind"]] == list(range(1, 8))
-    assert "incomplete run: stopped after 7 of 20 steps" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert re.search(r"^incomplete, 7 of 20 steps in \d+\.\d s: validation loss \d\.\d{4}$", shown, re.M)
+    assert "missed" not in shown
     assert "incomplete run:" not in run(few_rows(), tmp_path, tiny_data, max_steps=99).split("=" * 100)[-1]
 
 
@@ -326,12 +396,12 @@ def test_the_clock_counts_training_only(tiny_data, tmp_path, monkeypatch):
 def test_the_terminal_shows_verdict_log_and_sample(tiny_data, tmp_path, capsys):
     """Catches: a user who does not learn whether the target was reached, or where the log is."""
     log_dir = tmp_path / "logs"
-    run(replace(few_rows(), target_loss=100.0), log_dir, tiny_data, sample_tokens=20, max_steps=2)
+    run(replace(few_rows(), target_loss=100.0), log_dir, tiny_data, sample_tokens=20)
     shown = capsys.readouterr().out
     (path,) = log_dir.glob("*.txt")
     assert re.search(r"^reached 100\.0 in \d+\.\d s: validation loss \d\.\d{4}", shown, re.M)
     assert f"log: {path}" in shown and "sample:\n" in shown
-    run(replace(few_rows(), target_loss=0.1), log_dir, tiny_data, max_steps=2)
+    run(replace(few_rows(), target_loss=0.1), log_dir, tiny_data)
     assert "missed 0.1 in" in capsys.readouterr().out
 
 
@@ -369,6 +439,30 @@ def test_validation_changes_nothing(tiny_data):
         checked.validate(checked.track.validation_at(step))
         assert checked.train_step(step).item() == quiet.train_step(step).item()
     assert_same(checked.state(), quiet.state())
+
+
+@pytest.mark.parametrize(("seconds", "shown"), [(3, True), (0.001, False)])
+def test_validations_and_warm_ups_of_over_five_seconds_show_a_bar(tiny_data, monkeypatch, seconds, shown):
+    """Catches: minutes without a sign of life, a bar that flashes up for moments or stays. `seconds` pass on the bar's
+    clock between two looks at it."""
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    ticks = itertools.count()
+    monkeypatch.setattr(tqdm.std, "time", lambda: 1e9 + seconds * next(ticks))
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    trainer = Trainer(few_rows(), cpu(), tiny_data, seed=2)
+    for name, total, act in (
+        ("warm-up", 4, lambda: trainer.warm_up(20)),
+        ("validation", 8, lambda: trainer.validate(trainer.track.validation_at(0))),
+    ):
+        sys.stderr = Terminal()
+        act()
+        said = sys.stderr.getvalue()
+        assert bool(re.search(rf"{name}: .*\d/{total} ", said)) == shown, said
+        assert not said.split("\r")[-1].strip(), "gone at the end"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -465,6 +559,7 @@ def test_shards_that_run_out_on_the_way_end_the_run_and_keep_its_log(command, ti
     code, _, err, logs = command(data_dir=tmp_path / "data")
     assert_one_message(code, err, "run out", "No data is repeated unless asked for")
     assert logs[0].startswith('"""') and re.search(r"^step:3/20 train_time", logs[0], re.M)
+    assert "run out" in logs[0].splitlines()[-1], "the log says why it ends"
 
 
 def test_a_missing_folder_is_named_with_the_command_that_makes_it(command, tmp_path):
@@ -518,6 +613,35 @@ def test_a_folder_that_cannot_hold_the_log_is_refused(command, tiny_data, tmp_pa
     (tmp_path / "logs").write_text("in the way")
     code, _, err, _ = command(data_dir=tiny_data)
     assert_one_message(code, err, "cannot write the log", "--log-dir")
+
+
+@pytest.mark.parametrize("folder", ["a file", "below a file", "read-only"])
+@pytest.mark.parametrize("option", ["--export", "--save-every 2 --checkpoint-dir", "--save-final --checkpoint-dir"])
+def test_a_folder_that_cannot_be_written_is_refused_before_the_first_step(command, tiny_data, tmp_path, option, folder):
+    """Catches: a traceback after the last step, exit code 0 without the checkpoint that was asked for."""
+    (tmp_path / "file").touch()
+    places = {"a file": tmp_path / "file", "below a file": tmp_path / "file" / "x", "read-only": Path("/proc")}
+    if not places[folder].exists() and folder == "read-only":
+        pytest.skip("needs a folder that not even root can write to")
+    code, out, err, logs = command(*option.split(), places[folder], data_dir=tiny_data)
+    assert_one_message(code, err, option.split()[-1], re.escape(str(places[folder])), "cannot be written")
+    assert not logs and "step:" not in out
+
+
+def test_a_folder_of_checkpoints_that_is_not_used_is_not_made(command, tiny_data, tmp_path):
+    """Catches: a refusal of, or an empty folder in, a place that the run never writes to."""
+    code, *_ = command("--checkpoint-dir", tmp_path / "unused", "--max-steps", "0", data_dir=tiny_data)
+    assert code == 0 and not (tmp_path / "unused").exists()
+
+
+@pytest.mark.parametrize("package", ["wandb", "tensorboard"])
+def test_a_missing_package_is_refused_before_the_first_step(command, tiny_data, monkeypatch, package):
+    """Catches: an ImportError's traceback, and a log without a step that stays behind."""
+    find = train_gpt.importlib.util.find_spec
+    monkeypatch.setattr(train_gpt.importlib.util, "find_spec", lambda name: None if name == package else find(name))
+    code, _, err, logs = command("--track-with", package, data_dir=tiny_data)
+    assert_one_message(code, err, f"pip install {package}")
+    assert not logs
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU where there is none")

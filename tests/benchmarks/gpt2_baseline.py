@@ -217,6 +217,7 @@ def train(recipe: Recipe) -> float:
     for name, identity in baseline.identities.all().items():
         log.write(f"data: {name} {identity}")
     log.write(f"peak memory allocated: {(peak := train_gpt.peak_rss() >> 20)} MiB reserved: {peak} MiB")
+    log.close()
     return val_loss
 
 
