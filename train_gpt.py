@@ -27,7 +27,6 @@ import math
 import os
 import platform
 import re
-import secrets
 import shutil
 import signal
 import subprocess
@@ -1885,7 +1884,7 @@ class Loader:
     """
 
     def __init__(self, track: Track, data_dir: Path, runtime: Runtime, identities: Identities | None = None):
-        self.track, self.runtime, self.identities = track, runtime, identities or Identities()
+        self.track, self.runtime, self.identities = track, runtime, identities
         self.paths = find_shards(data_dir, "train", track.data) * track.data.epochs
         self.position = LoaderPosition()
         self._shards: dict[int, Shard] = {}
@@ -1916,7 +1915,8 @@ class Loader:
         for i in range(index, min(index + 2, len(self.paths))):
             if i not in self._shards:
                 self._shards[i] = Shard(self.paths[i], self.track.model.vocab_size, self.track.data.bos)
-                self.identities.opened(self.paths[i])
+                if self.identities is not None:
+                    self.identities.opened(self.paths[i])
         self._shards = {i: shard for i, shard in self._shards.items() if i in (index, index + 1)}
         return self._shards[index]
 
@@ -2173,11 +2173,10 @@ class Checkpoint:
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self.changed: list[str] = []  # in what another run resumes it, as find_checkpoint has found
         files = sorted(folder.glob("rank_*_of_*.safetensors"))
         if not files:
-            raise CheckpointError(
-                f"{folder}: {'no checkpoint in this folder' if folder.is_dir() else 'no such folder'}"
-            )
+            raise CheckpointError(no_checkpoint(folder))
         match = re.fullmatch(r"rank_0_of_([1-9]\d{0,3})\.safetensors", files[0].name)
         if match is None:
             raise CheckpointError(f"{folder}: not complete, rank_0_of_….safetensors is missing")
@@ -2298,6 +2297,10 @@ class Saver:
             (self.folder / "finished").touch()
 
 
+def no_checkpoint(folder: Path) -> str:
+    return f"{folder}: {'no checkpoint in this folder' if folder.is_dir() else 'no such folder'}"
+
+
 def checkpoint_folders(run: Path) -> list[Path]:
     """The folders of a run's checkpoints, the oldest first."""
     return sorted(folder for folder in run.glob("step_*") if folder.is_dir())
@@ -2324,9 +2327,8 @@ def find_checkpoint(track: Track, options: Options, runtime: Runtime, data_dir: 
         if folders == [path] and not any(path.glob("rank_*")):  # neither the folder of a run nor that of a step
             runs = {step.parent for step in path.glob("*/step_*")}
             runs = sorted(runs or {step.parent for step in options.checkpoint_dir.glob("*/step_*")}, reverse=True)
-            found = "no checkpoint in this folder" if path.is_dir() else "no such folder"
             named = f"Name a run, such as {', '.join(map(str, runs[:3]))}" if runs else "There is no run to go on with"
-            raise CheckpointError(f"--resume {path}: {found}. {named}.")
+            raise CheckpointError(f"--resume {no_checkpoint(path)}. {named}.")
     for folder in reversed(folders):
         try:
             found = Checkpoint(folder)
@@ -2338,11 +2340,11 @@ def find_checkpoint(track: Track, options: Options, runtime: Runtime, data_dir: 
             if runtime.rank == 0:
                 tqdm.write(f"passed over: {error}", file=sys.stderr)
             continue
-        changes = found.changes(track, options, runtime, data_dir)
-        if changes and not options.force:
+        found.changed = found.changes(track, options, runtime, data_dir)
+        if found.changed and not options.force:
             raise SpeedrunError(
-                f"{folder} is of another run: {'; '.join(changes)}. Resume it as it was, or add --force: the log will "
-                "say so, and is no record any more."
+                f"{folder} is of another run: {'; '.join(found.changed)}. Resume it as it was, or add --force: the log "
+                "will say so, and is no record any more."
             )
         return found
     if not auto:
@@ -2909,8 +2911,9 @@ class RunLog:
 
 
 def new_run_id(name: str, runtime: Runtime) -> str:
-    """Date, time, track and a random number: the same on all ranks."""
-    made = [f"{time.strftime('%Y%m%d-%H%M%S')}-{name}-{secrets.token_hex(3)}"]
+    """Date, time, track and the fraction of the second in hex: in the order of time, and the same on all ranks."""
+    now = time.time()
+    made = [f"{time.strftime('%Y%m%d-%H%M%S', time.localtime(now))}-{name}-{int(now % 1 * 16**6):06x}"]
     if runtime.world_size > 1:
         dist.broadcast_object_list(made, device=runtime.device)
     return made[0]
@@ -3154,9 +3157,8 @@ def train(track: Track, options: Options, runtime: Runtime) -> float:
             repeated = f", read {track.data.epochs} times" if track.data.epochs > 1 else ""
             say(f"data: {data_dir}{repeated}: its loss, over {track.data.val_tokens:,} tokens, compares with no record")
         if resumed:
-            changes = "; ".join(resumed.changes(track, options, runtime, data_dir))
             how = f"resumed at step {start} from {resumed.folder}"
-            log.write(how + (f" with --force: {changes}" if changes else ""))
+            log.write(how + (f" with --force: {'; '.join(resumed.changed)}" if resumed.changed else ""))
             say(how)
         if options.warmup:
             say("warming up (not timed)")

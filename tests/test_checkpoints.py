@@ -180,6 +180,12 @@ def test_an_odd_step_is_not_resumed(tiny_data, undisturbed, tmp_path, capsys):
     assert_equal(final(tmp_path), final(undisturbed))
 
 
+def test_names_of_runs_are_in_the_order_of_time():
+    """Catches: `auto` that takes the older of two runs which began in the same second."""
+    names = [train_gpt.new_run_id("nano", cpu()) for _ in range(100)]
+    assert names == sorted(set(names))
+
+
 def test_a_run_killed_in_its_last_validation_goes_on_there(tiny_data, undisturbed, tmp_path):
     """Catches: "nothing is left to do" for a run whose result nobody has seen."""
     until_step(tmp_path, undisturbed, 20)
