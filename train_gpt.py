@@ -1436,6 +1436,25 @@ class Row:
         return Row(*tensors, self.max_seqlen)
 
 
+class Lookup(torch.autograd.Function):
+    """Rows of an embedding table. The backward pass adds their gradient to `total`, in place: the table gets none.
+
+    Autograd's own writes a whole table for every row of tokens, casts it, and adds it to the sum of the rows before:
+    0.6 GB per table and row of `small`. For compiled code, where it is part of the kernel that computes the gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, tokens: Tensor, table: Tensor, total: Tensor) -> Tensor:  # (*) int64, (V, d), (V, d) -> (*, d)
+        ctx.save_for_backward(tokens, total)
+        return F.embedding(tokens, table)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[None, None, None]:
+        tokens, total = ctx.saved_tensors
+        total.index_put_((tokens,), grad.to(total.dtype), accumulate=True)
+        return None, None, None
+
+
 class GPT(nn.Module):
     """The network of SPEC section 3. All matrices live in banks, which the optimizer shards and updates in place."""
 
@@ -1507,6 +1526,31 @@ class GPT(nn.Module):
             self._fp8_head = torch.compile(fp8_head, dynamic=False, fullgraph=True)
         else:
             self._fp8_head = fp8_head
+        # What `Lookup` adds the gradients of a step to, where compiled: one sum per table of a parameter.
+        self._table_sums: dict[str, list[Tensor]] = {}
+        for name in ("embed", "value_embeds", "embed2"):
+            if runtime.compile and hasattr(self, name):
+                wide = torch.promote_types(runtime.dtype, torch.float32)
+                zeros = torch.zeros_like(getattr(self, name).detach(), dtype=wide)
+                self._table_sums[name] = [total.clone() for total in zeros.view(-1, *zeros.shape[-2:])]
+
+    def lookup(self, name: str, tokens: Tensor) -> list[Tensor]:
+        """Rows `tokens` (*) of each table of a parameter (V, d) or (tables, V, d): (*, d) of each."""
+        table = getattr(self, name)
+        tables = table.unbind() if table.dim() == 3 else (table,)
+        if sums := self._table_sums.get(name):
+            return [Lookup.apply(tokens, *pair) for pair in zip(tables, sums, strict=True)]
+        return [F.embedding(tokens, table) for table in tables]
+
+    @torch.no_grad()
+    def hand_over_table_gradients(self) -> None:
+        """Add to `.grad` of the embeddings what `Lookup` has kept since the last call."""
+        for name, sums in self._table_sums.items():
+            p = getattr(self, name)
+            grad = torch.stack([total.to(p.dtype) for total in sums]).view_as(p)
+            p.grad = grad if p.grad is None else p.grad.add_(grad)
+            for total in sums:
+                total.zero_()
 
     @torch.no_grad()
     def fp8_head(self) -> tuple[Tensor | None, Tensor | None]:
@@ -1564,11 +1608,10 @@ class GPT(nn.Module):
         attn_bank = self.attn_bank[: 4 * num_attention].split((3, 1) * num_attention) if num_attention else ()
         mlp_bank = self.mlp_bank.unbind()
         # Once for all layers that share a table: each backward of a lookup would write a whole table.
-        tables_of_values = self.value_embeds.unbind() if hasattr(self, "value_embeds") else ()
-        values = [F.embedding(tokens, table).view(T, c.num_heads, c.head_dim) for table in tables_of_values]
+        values = self.lookup("value_embeds", tokens) if hasattr(self, "value_embeds") else ()
         resid_lambda, x0_lambda = self.resid_lambda.unbind(), self.x0_lambda.unbind()
 
-        e = F.embedding(tokens, self.embed)
+        (e,) = self.lookup("embed", tokens)
         if c.smear:
             before = e[:-1] if cache is None else cache.shifted("embed", e)
             first = T - len(before)  # 1 at the start of a row, whose first token has none before it
@@ -1592,7 +1635,7 @@ class GPT(nn.Module):
                 if layer.value is not None:
                     slot, table = layer.value
                     gate = 2 * torch.sigmoid(F.linear(h[:, :g], self.value_gates[slot]))  # (T, H)
-                    ve = gate[..., None] * values[table]
+                    ve = gate[..., None] * values[table].view(T, c.num_heads, c.head_dim)
                 else:
                     ve = None
                 y = self.attend(layer, qkv, ve, cu_seqlens, max_seqlen, windows, tables, attn_scale, cache)
@@ -1622,7 +1665,8 @@ class GPT(nn.Module):
             before = before[:-1] if cache is None else cache.shifted(f"token {n}", before)
             before = F.pad(before, (T - len(before), 0))
             key = (48271 * key + torch.where(position - start >= n, before + 1, 0)) % (2**31 - 1)
-        return F.embedding(torch.stack(keys), self.embed2).sum(0)
+        (found,) = self.lookup("embed2", torch.stack(keys))
+        return found.sum(0)
 
     def attend(
         self,
@@ -2984,6 +3028,7 @@ class Trainer:
             (loss / num_rows).backward()
             self.runtime.alive()
             total += nll / settings.stage.tokens
+        self.model.hand_over_table_gradients()
         self.optimizer.step(settings)
         return total
 

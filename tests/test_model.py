@@ -1,5 +1,6 @@
 """The model against the golden numbers, the naive float64 reference, and the properties that no formula states."""
 
+import functools
 from dataclasses import replace
 from pathlib import Path
 
@@ -376,3 +377,20 @@ def test_impossible_layouts_are_refused():
             GPT(replace(NANO.model, **wrong), cpu())
     with pytest.raises(train_gpt.SpeedrunError, match="gate_dim"):
         GPT(replace(NANO.model, head_dim=4), cpu())
+
+
+def test_compiled_lookups_add_up_the_gradients_of_tables(monkeypatch):
+    """Catches: a table whose gradient is lost, counted twice, or kept for the next step, where autograd makes none."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    plain = random_model(MEDLEY)
+    compiled = GPT(MEDLEY, replace(cpu(torch.float64), compile=True))
+    compiled.load_state_dict(plain.state_dict())
+    settings = step_settings((16, 32), MEDLEY.head_dim)
+    weights = torch.tensor([1.0, 0.5], dtype=torch.float64)
+    for step in range(2):  # gradients of the first stay, as those of Adam's parameters do on even steps
+        for seed in (2 * step, 2 * step + 1):
+            for model in (plain, compiled):
+                model(make_row(64, [0, 20], 300, seed), settings, weights)[0].backward()
+        compiled.hand_over_table_gradients()
+        for (name, p), expected in zip(compiled.named_parameters(), plain.parameters(), strict=True):
+            assert error(p.grad, expected.grad) < 1e-12, (step, name)

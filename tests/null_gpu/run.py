@@ -387,7 +387,7 @@ def elementwise_bytes(line: list[str]) -> int:
         return 0
     name = line[1]
     operands = re.search(r"arrayIPcLm(\d)E", name)
-    sizes = ((r"BFloat16|FunctorIs", 2), (r"Idd|UldE|UlmE|UllE|FunctorI[dml]E", 8))
+    sizes = (("[Ff]loat8", 1), (r"BFloat16|FunctorIs", 2), (r"Idd|UldE|UlmE|UllE|FunctorI[dml]E", 8))
     size = next((size for pattern, size in sizes if re.search(pattern, name)), 4)
     return int(line[5]) * (int(operands[1]) if operands else 2) * size
 
