@@ -136,7 +136,32 @@ is_count "$nodes" || die "NNODES is '$nodes', expected a number of nodes"
 if [ "$nodes" -eq 1 ] && [ "$processes" -eq 1 ]; then
   launch=("$python")
 else
-  launch=("$python" -m torch.distributed.run --nproc-per-node "$processes")
+  # torchrun, but for its last words: a page about its processes. Here they are one line, what went wrong first.
+  launch=("$python" -c '
+import sys
+from torch.distributed import run
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+try:
+    run.run(run.parse_args(sys.argv[1:]))
+except SignalException as end:  # rank 0 has said where the run stopped
+    sys.exit(128 + end.sigval)
+except ChildFailedError as error:
+    # The first, in whole seconds; a rank that was killed then is why the others end. Those left torchrun ends, with
+    # SIGTERM and half a minute later SIGKILL.
+    first = min(failure.timestamp for failure in error.failures.values())
+    soon = [(rank, failure) for rank, failure in error.failures.items() if failure.timestamp < first + 5]
+    rank, failure = min(soon, key=lambda item: (item[1].exitcode >= 0 or item[1].exitcode == -15, item[1].timestamp))
+    said = failure.message
+    if isinstance(said, dict):
+        sys.exit("error: " + said["message"].partition(": ")[2])
+    if failure.exitcode == -6:
+        sys.exit(f"error: rank {rank} aborted; NCCL does so where another rank hangs. See --save-every and --resume.")
+    if failure.exitcode < 0:
+        sys.exit(f"error: rank {rank} was killed by {failure.signal_name()}. See --save-every and --resume.")
+    sys.exit(failure.exitcode)
+' --nproc-per-node "$processes")
   if [ "$nodes" -eq 1 ]; then
     launch+=(--standalone)
   else
@@ -169,8 +194,6 @@ fi
 notes=$(mktemp -d "${TMPDIR:-/tmp}/train_gpt.XXXXXX")
 trap 'rm -rf "$notes"' EXIT
 export TRAIN_GPT_LOG_PATH_FILE="$notes/log_path"
-unset TRAIN_GPT_ERROR_FILE
-[ "${#launch[@]}" -eq 1 ] || export TRAIN_GPT_ERROR_FILE="$notes/error"
 
 # The run is a background job with a process group of its own (set -m): bash handles a signal at once only while it
 # waits for a background job, and without set -m such a job would ignore Ctrl-C.
@@ -197,8 +220,6 @@ trap - INT TERM HUP
 
 if [ "$status" -ne 0 ]; then
   [ -z "$signal_code" ] || status=$signal_code # torchrun would turn it into 1
-  # torchrun ends with a page about its processes; what went wrong has to stand last.
-  [ -z "${TRAIN_GPT_ERROR_FILE:-}" ] || [ ! -s "$TRAIN_GPT_ERROR_FILE" ] || cat "$TRAIN_GPT_ERROR_FILE" >&2
   exit "$status"
 fi
 

@@ -2502,8 +2502,6 @@ class Runtime:
     """--loss-chunk"""
     logits_memory: int = 10**9
     """Bytes that logits and their gradient may take where that is not given."""
-    heartbeat: Heartbeat | None = None
-    """Where there are several ranks."""
 
     def loss_chunk(self, positions: int, vocab_size: int) -> int:
         """Positions of a row whose logits are to exist at a time: equal parts, multiples of 16 as FP8 wants them."""
@@ -2571,17 +2569,21 @@ class Runtime:
             fp8=has_fp8 and options.head != "plain",
             max_loss_chunk=options.loss_chunk,
             logits_memory=memory // 8,
-            heartbeat=Heartbeat(rank, world_size) if world_size > 1 else None,
         )
 
     def to_device(self, tensor: Tensor) -> Tensor:
         """Copy to the device without waiting (from pinned memory where the tensor is in it)."""
         return tensor.to(self.device, non_blocking=True)
 
-    def alive(self) -> None:
-        """Tell the other ranks that this one goes on: call it after every row."""
-        if self.heartbeat is not None:
-            self.heartbeat.progress += 1
+    def limit_waiting(self, row_seconds: float) -> None:
+        """End a run in which some rank does not come, from now on as soon as rows that take `row_seconds` allow.
+
+        Until now, while each compiles for as long as it takes, the limit is torch's own of 10 minutes (30 on a CPU).
+        """
+        if self.world_size > 1:
+            dist.barrier()
+            seconds = 45 if self.device.type == "cuda" else max(60.0, 20 * row_seconds)
+            dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=seconds))
 
     def synchronize(self) -> None:
         if self.device.type == "cuda":
@@ -2616,98 +2618,12 @@ class Runtime:
         return "\n".join(lines)
 
 
-@dataclass
-class Sign:
-    """What a rank last said of itself, and when (time.monotonic) that was new."""
+def report_error(error: Exception) -> None:
+    """Show it, and leave it to torchrun, which names the rank whose error came first."""
+    from torch.distributed.elastic.multiprocessing.errors import ErrorHandler
 
-    beats: int
-    progress: int
-    alive_at: float
-    moved_at: float
-
-
-class Heartbeat:
-    """Tells the other ranks twice a second that this one lives and how far it is; ends it where one of them does not.
-
-    A rank that dies or hangs leaves the others waiting in a collective for minutes, and then with an error that does
-    not name it. The signs go through the store of the launcher, on a connection of their own.
-    """
-
-    SILENCE = 20  # seconds without a sign of life: killed, stopped, without network
-    STALL = 45  # seconds behind another rank without a step forward, once the clock runs: compiling may take longer
-
-    def __init__(self, rank: int, world_size: int):
-        self.rank, self.world_size, self.progress = rank, world_size, 0
-        timeout = datetime.timedelta(seconds=self.SILENCE)
-        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        self._store = dist.TCPStore(*address, is_master=False, wait_for_workers=False, timeout=timeout)
-        self._signs = [Sign(0, 0, time.monotonic(), time.monotonic()) for _ in range(world_size)]
-        self._timed = False
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
-        self._thread.start()
-
-    def start_timing(self) -> None:
-        """From now on a rank that falls behind ends the run. Call it when all ranks are equally far."""
-        for sign in self._signs:
-            sign.moved_at = time.monotonic()
-        self._timed = True
-
-    def stop(self) -> None:
-        """Call it before the process ends: an interpreter that goes while the thread is in the store aborts."""
-        self._stop.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        told = 0
-        while not self._stop.wait(0.5):
-            with contextlib.suppress(RuntimeError):  # the store is gone, and no sign will be new
-                self._store.add(f"beats/{self.rank}", 1)
-                now = self.progress
-                self._store.add(f"progress/{self.rank}", now - told)
-                told = now
-                for other, sign in enumerate(self._signs):
-                    beats, progress = (self._store.add(f"{what}/{other}", 0) for what in ("beats", "progress"))
-                    if beats != sign.beats:
-                        sign.beats, sign.alive_at = beats, time.monotonic()
-                    if progress != sign.progress:
-                        sign.progress, sign.moved_at = progress, time.monotonic()
-            if silent := self.silent(self.SILENCE):
-                self._end(f"{self._name(silent)} has not been heard of for {self.SILENCE} s")
-            if self._timed and (behind := self._behind()):
-                self._end(f"{self._name(behind)} hangs: no step forward for {self.STALL} s, and others wait for it")
-
-    def silent(self, seconds: float) -> list[int]:
-        """Ranks without a sign of life for so long."""
-        return [rank for rank, sign in enumerate(self._signs) if time.monotonic() - sign.alive_at > seconds]
-
-    def _behind(self) -> list[int]:
-        most = max(sign.progress for sign in self._signs)
-        stalled = lambda sign: time.monotonic() - sign.moved_at > self.STALL
-        return [rank for rank, sign in enumerate(self._signs) if sign.progress < most and stalled(sign)]
-
-    def _name(self, ranks: list[int]) -> str:
-        return f"rank {', '.join(map(str, ranks))} of {self.world_size}"
-
-    def lost(self) -> str | None:
-        """After a collective failed: which rank has died, in words; None where all are alive. Takes four seconds."""
-        time.sleep(4)
-        dead = self.silent(2.5)
-        return f"{self._name(dead)} has died" if dead else None
-
-    def _end(self, reason: str) -> None:
-        if self._stop.is_set():
-            return
-        if self.rank == min(set(range(self.world_size)) - set(self.silent(2.5)), default=self.rank):
-            report_error(f"{reason}. The run ends; see --save-every and --resume.")
-        os._exit(1)
-
-
-def report_error(message: str) -> None:
-    """Show it, and leave it to the launcher, whose own last lines would hide it."""
-    print(f"error: {message}", file=sys.stderr, flush=True)
-    if os.environ.get("TRAIN_GPT_ERROR_FILE"):
-        Path(os.environ["TRAIN_GPT_ERROR_FILE"]).write_text(f"error: {message}\n")
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    ErrorHandler().record_exception(error)  # nothing where torchrun did not start this process
 
 
 def keep_freed_memory() -> None:
@@ -2795,8 +2711,6 @@ class Clock:
         self.runtime.synchronize()
         if self.runtime.world_size > 1:
             dist.barrier()
-        if self.runtime.heartbeat is not None:
-            self.runtime.heartbeat.start_timing()
         self._began = time.perf_counter()
 
     def stop(self) -> None:
@@ -3026,7 +2940,6 @@ class Trainer:
             if row is rows[-1]:
                 self.optimizer.expect_gradients(settings)
             (loss / num_rows).backward()
-            self.runtime.alive()
             total += nll / settings.stage.tokens
         self.model.hand_over_table_gradients()
         self.optimizer.step(settings)
@@ -3069,7 +2982,6 @@ class Trainer:
             if interrupt and i < math.floor(each) and interrupt.ask():
                 return math.nan
             total += self.model(row, settings, weights)[1]
-            self.runtime.alive()
         return self.runtime.sum(total).item() / self.track.data.val_tokens
 
     def _weights(self, values: tuple[float, ...]) -> Tensor:
@@ -3138,20 +3050,26 @@ class Trainer:
         self.loader.position = checkpoint.progress.loader
         self.identities.before = checkpoint.progress.data
 
-    def warm_up(self, stop: int, start: int = 0) -> None:
-        """Compile and run every shape of the steps from `start` to `stop` once, then restore everything."""
-        state, schedule = self.state(), self.track.schedule
+    def warm_up(self, stop: int, start: int = 0) -> float:
+        """Compile and run every shape of the steps from `start` to `stop` once, then restore everything.
+
+        Returns the seconds that the slowest row took.
+        """
+        state, schedule, slowest = self.state(), self.track.schedule, 0.0
         starts = [max(b, start) for b, end in pairwise((*schedule.boundaries(), stop)) if b < stop and end > start]
         hidden = self.runtime.rank > 0 or None
         for start in tqdm(starts, "warm-up", unit="stage", delay=5, leave=False, disable=hidden):
             self.loader.position = state["loader"]
             for step in range(start, min(start + 2, stop)):  # an even and an odd step: Adam steps on odd ones
+                began = time.perf_counter()
                 self.train_step(step)
+                slowest = max(slowest, time.perf_counter() - began)
             if self.runtime.compile and schedule.val_every:
                 self.validate(self.track.validation_at(start), max_rows=1)
         if self.runtime.compile:
             self.validate(self.track.validation_at(stop), max_rows=1)
         self.load_state(state)
+        return slowest * self.runtime.world_size / self.track.data.rows_per_step
 
 
 def train(track: Track, options: Options, runtime: Runtime) -> float:
@@ -3208,7 +3126,7 @@ def train(track: Track, options: Options, runtime: Runtime) -> float:
         if options.warmup:
             say("warming up (not timed)")
             with Interrupt(runtime, at_once=True):
-                trainer.warm_up(stop, start)
+                runtime.limit_waiting(trainer.warm_up(stop, start))
             if runtime.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
 
@@ -3218,8 +3136,6 @@ def train(track: Track, options: Options, runtime: Runtime) -> float:
             accuracy = hellaswag(trainer.model, track, stop, runtime, questions)
             log.write(str(accuracy))
             say(str(accuracy))
-        if runtime.heartbeat is not None:
-            runtime.heartbeat.stop()  # from here on rank 0 works alone
         if runtime.compile:
             log.write(f"compilations after the clock started: {compilations() - graphs}")
         finish(trainer, log, options, clock.elapsed, val_loss, stop, say)
@@ -3779,7 +3695,6 @@ def hellaswag(model: GPT, track: Track, step: int, runtime: Runtime, items: list
             losses = token_losses(model, packed.row.to(runtime), settings).double().cpu()
             for number, begin, end in packed.spans:
                 sums[number] = losses[begin:end].sum()
-            runtime.alive()
             bar.update(done * len(packed.spans))
     sums = runtime.sum(sums.to(runtime.device)).cpu()
     lengths = torch.tensor([len(ending) for item in items for ending in item.endings])
@@ -3811,8 +3726,6 @@ def evaluate(argv: list[str]) -> None:
     model, track, step = load_model(options.path, runtime)
     items = read_hellaswag(options.data, track)[: options.limit]
     found = hellaswag(model, track, min(step, track.schedule.total_steps), runtime, items)
-    if runtime.heartbeat is not None:
-        runtime.heartbeat.stop()
     if runtime.rank == 0:
         print(found)
 
@@ -4128,9 +4041,12 @@ def run(track: Track, options: Options) -> None:
     except RuntimeError as error:  # a collective, if another rank has died
         if "can't allocate memory" in str(error):
             raise SpeedrunError("out of memory: the model is too large for this machine, see --plan.") from error
-        if runtime.heartbeat is None or (lost := runtime.heartbeat.lost()) is None:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
-        raise SpeedrunError(f"{lost}. The run ends; see --save-every and --resume.") from error
+        raise SpeedrunError(
+            f"rank {runtime.rank} of {runtime.world_size} waited in vain for another: {str(error).splitlines()[0]}. "
+            "The run ends; see --save-every and --resume."
+        ) from error
 
 
 def main() -> None:
@@ -4154,7 +4070,7 @@ def main() -> None:
         code = end.code or 0
     except SpeedrunError as error:
         let_rank_0_speak()
-        report_error(str(error))
+        report_error(error)
         code = 1
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python would complain about it at its end

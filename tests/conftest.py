@@ -34,7 +34,7 @@ import train_gpt  # noqa: E402 - only now is it on the path
 from train_gpt import NANO, Runtime, Track  # noqa: E402
 
 BOS = 256
-LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "TRAIN_GPT_LOG_PATH_FILE", "TRAIN_GPT_ERROR_FILE")
+LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "TRAIN_GPT_LOG_PATH_FILE", "TORCHELASTIC_ERROR_FILE")
 
 
 def write_shard(path: Path, tokens, magic: int = 20240520, version: int = 1, count: int | None = None) -> Path:

@@ -35,8 +35,6 @@ def main(track: str, data_dir: str, out: str, *dtypes: str) -> None:
             torch.load(track, weights_only=False), replace(runtime, dtype=getattr(torch, dtype)), Path(data_dir)
         )
         torch.save(result, Path(out) / f"{dtype}-{runtime.rank}.pt")
-    if runtime.heartbeat is not None:
-        runtime.heartbeat.stop()
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -23,7 +23,6 @@ from conftest import (
     REPO,
     cpu,
     mutated,
-    run_process,
     text_like,
     tiny_options,
     tiny_track,
@@ -477,7 +476,7 @@ def test_ranks_end_together_on_a_signal(tiny_data, tmp_path, where, said):
     arguments = words(tiny_data, tmp_path, "--save-every", "6", "--data.val-tokens", "600")
     done = torchrun(2, script, where, "nano", *arguments)
     assert done.stderr.count(f"stopped by SIGTERM {said}") == 1, done.stderr[-3000:]
-    assert re.search(r"exitcode +: 143", done.stderr) and "has died" not in done.stderr and "hangs" not in done.stderr
+    assert re.search(r"exitcode +: 143", done.stderr) and "in vain" not in done.stderr
     folders = sorted((tmp_path / "checkpoints").glob("*/step_*"))
     assert [Checkpoint(folder).progress.step for folder in folders] == ([6, 8] if where == "validation" else [])
 
@@ -660,28 +659,16 @@ def test_saving_changes_nothing(tiny_data, undisturbed, tmp_path):
 # ---- ranks that die or hang ----
 
 
-def children(process: subprocess.Popen) -> dict[int, int]:
-    """Process ids of the ranks under torchrun, by rank. Linux only."""
+def ranks_of(mark: str) -> dict[int, int]:
+    """Process ids by rank of the run whose environment has the MARK. Linux only."""
     found = {}
     for path in Path("/proc").glob("[0-9]*/environ"):
-        try:
-            environ = dict(x.split("=", 1) for x in path.read_bytes().decode(errors="replace").split("\0") if "=" in x)
-            parent = int((path.parent / "stat").read_text().rsplit(")", 1)[1].split()[1])
-        except (OSError, ValueError, IndexError):
-            continue
-        if "RANK" in environ and parent == process.pid:
-            found[int(environ["RANK"])] = int(path.parent.name)
+        with contextlib.suppress(OSError):
+            text = path.read_bytes().decode(errors="replace")
+            environ = dict(x.split("=", 1) for x in text.split("\0") if "=" in x)
+            if environ.get("MARK") == mark and "RANK" in environ:
+                found[int(environ["RANK"])] = int(path.parent.name)
     return found
-
-
-def under_torchrun(data_dir: Path, out: Path, *more: object) -> subprocess.Popen:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", REPO / "train_gpt.py", "nano"]
-    env = {k: v for k, v in os.environ.items() if k not in LAUNCHER_VARIABLES} | {"OMP_NUM_THREADS": "1"}
-    env["TRAIN_GPT_ERROR_FILE"] = str(out / "error")
-    out.mkdir(parents=True, exist_ok=True)
-    command = list(map(str, [sys.executable, *launcher, *words(data_dir, out, *more)]))
-    with open(out / "said.txt", "w") as said:
-        return subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, env=env)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the ranks in /proc")
@@ -693,28 +680,36 @@ def under_torchrun(data_dir: Path, out: Path, *more: object) -> subprocess.Popen
         pytest.param("killed", 20, marks=pytest.mark.slow),
     ],
 )
-def test_a_lost_rank_ends_all_within_a_minute_and_is_named(tmp_path, how, count):
-    """Killed, or stopped so that it hangs, at random moments; what is left can be resumed."""
+def test_a_lost_rank_ends_all_and_is_named(tmp_path, how, count):
+    """Killed, or stopped so that it hangs, at random moments; what is left can be resumed. The last line is ours."""
     rng, data = random.Random(2), tmp_path / "data"
     data.mkdir()
     write_shard(data / "long_train_000001.bin", text_like(700_000, seed=1))  # the blow comes before the end
     write_shard(data / "long_val_000000.bin", text_like(2000, seed=2))
     for i in range(count):
         out, rank = tmp_path / str(i), rng.randrange(2)
-        process = under_torchrun(data, out, "--schedule.scheduled-steps", "3000", "--save-every", "20")
+        env = {k: v for k, v in os.environ.items() if k not in LAUNCHER_VARIABLES}
+        env |= {"OMP_NUM_THREADS": "1", "NPROC": "2", "PYTHON": sys.executable, "MARK": str(out)}
+        options = words(data, out, "--schedule.scheduled-steps", "3000", "--save-every", "20")
+        out.mkdir()
+        with open(out / "said.txt", "w") as said:
+            process = subprocess.Popen([REPO / "run.sh", "nano", *options], stdout=said, stderr=said, env=env)
         wait_for(lambda out=out: any_good(out), process, 120)
         time.sleep(rng.uniform(0, 1.0))
-        ranks = children(process)
+        ranks = ranks_of(str(out))
         assert process.poll() is None and len(ranks) == 2, (out / "said.txt").read_text()[-2000:]
         os.kill(ranks[rank], signal.SIGKILL if how == "killed" else signal.SIGSTOP)
         began = time.monotonic()
-        process.wait(timeout=90)
-        while any(Path(f"/proc/{pid}").exists() for pid in ranks.values()):
-            assert time.monotonic() - began < 60
-            time.sleep(0.1)
-        assert time.monotonic() - began < 60 and process.returncode != 0
-        message = (out / "error").read_text()
-        assert re.match(rf"error: rank {rank} of 2 has (died|not been heard of)", message), message
+        process.wait(timeout=120)
+        # A limit of 60 s for a collective, and torchrun's 30 s for a process to end by itself.
+        assert time.monotonic() - began < (30 if how == "killed" else 110) and process.returncode != 0
+        assert not any(Path(f"/proc/{pid}").exists() for pid in ranks.values())
+        expected = {
+            "killed": f"error: rank {rank} was killed by SIGKILL",
+            "stopped": f"error: rank {1 - rank} of 2 waited",
+        }
+        message = (out / "said.txt").read_text().splitlines()[-1]
+        assert message.startswith(expected[how]), message
         assert any_good(out)
 
 
@@ -725,58 +720,3 @@ def any_good(out: Path) -> bool:
             Checkpoint(step)
             return True
     return False
-
-
-def test_a_rank_that_falls_behind_or_silent_is_named(monkeypatch):
-    """Two heartbeats on one store. Catches: the wrong rank accused, or one that only waits for the other."""
-    store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    monkeypatch.setenv("MASTER_ADDR", "localhost")
-    monkeypatch.setenv("MASTER_PORT", str(store.port))
-    said = []
-    monkeypatch.setattr(train_gpt.Heartbeat, "STALL", 2)
-    monkeypatch.setattr(train_gpt.Heartbeat, "SILENCE", 4)
-    monkeypatch.setattr(train_gpt.Heartbeat, "_end", lambda self, reason: said.append((self.rank, reason)))
-    ranks = [train_gpt.Heartbeat(rank, 2) for rank in range(2)]
-
-    def go_on(seconds: float, *moving: int) -> list[tuple[int, str]]:
-        said.clear()
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            for rank in moving:
-                ranks[rank].progress += 1
-            time.sleep(0.1)
-        return list(said)
-
-    try:
-        assert not go_on(3, 0, 1)
-        assert not go_on(4, 0), "before the clock starts a rank may compile for as long as it takes"
-        ranks[0].progress = ranks[1].progress = 1000
-        go_on(2)
-        for rank in ranks:
-            rank.start_timing()
-        assert not go_on(3), "both wait, for a compiler, say: nobody is behind"
-        assert {reason.split(":")[0] for _, reason in go_on(4, 0)} == {"rank 1 of 2 hangs"}
-        ranks[1].stop()
-        assert {(0, "rank 1 of 2 has not been heard of for 4 s")} <= set(go_on(6))
-        assert ranks[0].lost() == "rank 1 of 2 has died"
-    finally:
-        for rank in ranks:
-            rank.stop()
-
-
-BUSY_HEARTBEAT = """
-import os, threading, time, torch
-import train_gpt
-store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port)}
-threading.Event.wait = lambda event, timeout=None: event.is_set() or time.sleep(0.001)  # always in the store
-heartbeat = train_gpt.Heartbeat(0, 1)
-time.sleep(0.5)
-heartbeat.stop()
-"""
-
-
-def test_a_process_does_not_abort_while_its_heart_beats():
-    """Catches: a thread that comes back from the store while the interpreter goes (`terminate called without ...`)."""
-    done = run_process([sys.executable, "-c", BUSY_HEARTBEAT])
-    assert done.returncode == 0, done.stderr

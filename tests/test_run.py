@@ -652,14 +652,15 @@ def test_cuda_without_a_gpu_is_refused(command, tiny_data):
 
 
 def test_the_launcher_learns_the_log_and_the_error(command, tiny_data, tmp_path, monkeypatch):
-    """Catches: a run.sh that cannot show the message last, or cannot plot the log."""
+    """Catches: a torchrun that does not know what was wrong, a run.sh that cannot plot the log."""
     monkeypatch.setenv("TRAIN_GPT_LOG_PATH_FILE", str(tmp_path / "log_path"))
-    monkeypatch.setenv("TRAIN_GPT_ERROR_FILE", str(tmp_path / "error"))
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error"))
     code, *_, logs = command("--max-steps", "1", data_dir=tiny_data)
     assert code == 0 and Path((tmp_path / "log_path").read_text()).read_text() == logs[0]
     assert not (tmp_path / "error").exists()
     _, _, err, _ = command(data_dir=tmp_path / "nothing")
-    assert (tmp_path / "error").read_text().strip() == err[err.index("error:") :].strip()
+    recorded = json.loads((tmp_path / "error").read_text())["message"]["message"]
+    assert recorded == err[err.index("error:") :].strip().replace("error:", "SpeedrunError:", 1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -185,8 +185,6 @@ def inside(trainer: Path, results: Path, arguments: list[str]) -> None:
     train_gpt.Trainer.exchange, train_gpt.Trainer.validate = exchanged, validated
     if world > 1:  # collectives return at once: keep the ranks together as real ones would
         dist.broadcast_object_list = lambda *args, **kwargs: None
-        if hasattr(train_gpt, "Heartbeat"):  # it knows how fast a GPU is
-            train_gpt.Heartbeat.SILENCE = train_gpt.Heartbeat.STALL = 1e9
         step, calls = train_gpt.Trainer.train_step, iter(range(10**9))
 
         def together(self, number):
