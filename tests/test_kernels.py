@@ -156,7 +156,7 @@ def test_mlp_gradient_is_the_slope_of_the_output():
 
 
 def plain_loss(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Per position, in the words of SPEC: softmax of 23 sigmoid((z + 5) / 7.5), cross-entropy for each target."""
+    """Per position, formula by formula: softmax of 23 sigmoid((z + 5) / 7.5), cross-entropy for each target."""
     log_p = torch.log_softmax(23 / (1 + torch.exp(-(logits + 5) / 7.5)), dim=1)
     losses, first = [], []
     for t in range(len(logits)):
