@@ -34,7 +34,7 @@ MEDLEY = ModelConfig(
     gate_dim=16,
 )
 CONFIGS = {
-    "small": replace(SMALL.model, vocab_size=300, head_dim=32),
+    "small": replace(SMALL.model, vocab_size=300, head_dim=16),
     "medium": replace(MEDIUM.model, vocab_size=300, second_embed_rows=384, head_dim=16),
     "nano": NANO.model,
     "medley": MEDLEY,
