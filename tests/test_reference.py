@@ -71,9 +71,9 @@ def run(
 @pytest.mark.golden
 @pytest.mark.parametrize("name", FILES)
 def test_the_golden_numbers_are_those_that_the_reference_makes(name: str) -> None:
-    """Catches a formula of the reference that was changed, in any place, while the numbers stayed: train_gpt.py would be
-    held against two truths. An error is relative to the largest entry: those that cancel to nearly nothing are only as
-    exact as their terms."""
+    """Catches a formula of the reference that was changed, in any place, while the numbers stayed: train_gpt.py would
+    be held against two truths. An error is relative to the largest entry: those that cancel to nearly nothing are only
+    as exact as their terms."""
     made = {key: torch.from_numpy(np.asarray(value)) for key, value in FILES[name]().items()}
     kept = load(name)
     assert kept.keys() == made.keys(), "make them again: python tests/make_golden.py"
