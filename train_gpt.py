@@ -442,7 +442,7 @@ SMALL = Track(
     optimizer=OptimizerConfig(),
 )
 
-# The length and width of GPT-2 medium. Learning rates are those of SPEC section 9 over adam_lr.
+# The length and width of GPT-2 medium. Each lr_mul below is of its adam_lr, half of `small`'s.
 MEDIUM_ADAM = {"betas": (0.8, 0.95), "eps": 1e-8}
 MEDIUM = Track(
     name="medium",
@@ -1456,7 +1456,7 @@ class Lookup(torch.autograd.Function):
 
 
 class GPT(nn.Module):
-    """The network of SPEC section 3. All matrices live in banks, which the optimizer shards and updates in place."""
+    """The network, from tokens to loss. All matrices live in banks, which the optimizer shards and updates in place."""
 
     attention = staticmethod(attention)
 
@@ -1641,7 +1641,8 @@ class GPT(nn.Module):
                 y = self.attend(layer, qkv, ve, cu_seqlens, max_seqlen, windows, tables, attn_scale, cache)
                 if c.attention_gates:
                     y = y * torch.sigmoid(F.linear(h[:, :g], self.attn_gates[layer.attention]))[..., None]
-                x = x + F.linear(y.flatten(1), sa_o * w_o[0])
+                # As a batch of one: torch 2.13 would make it an addmm, for which cuBLAS copies x first.
+                x = x + F.linear(y.flatten(1)[None], sa_o * w_o[0])[0]
             x = x + relu_squared_mlp(norm(x), mlp_bank[2 * i], mlp_bank[2 * i + 1], self.runtime.fused)
             if layer.kept:
                 outputs[i] = x
@@ -1922,7 +1923,11 @@ class LoaderPosition:
 
 
 class Loader:
-    """Training rows of this rank, step by step: SPEC section 2. The next step's rows are made in the background.
+    """Training rows of this rank, step by step. The next step's rows are made in the background.
+
+    A row is filled from documents in the order of the files. Each gives at most max_doc_len tokens from its BOS on and
+    no more than the row still needs; the rest of it is skipped. All rows of a step come from one shard: what cannot
+    fill them is dropped.
 
     The rows of a step are the same for every number of ranks; rank r of W takes the r-th of W equal runs of them.
     """

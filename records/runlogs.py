@@ -1,4 +1,4 @@
-"""Reads the logs of runs: ours and those of the public speedrun, whose format ours is (SPEC: A run).
+"""Reads the logs of runs: ours and those of the public speedrun, whose format ours is.
 
 A log is the source text, a line of `=`, versions, device and settings, again `=`, then a line per event such as
 

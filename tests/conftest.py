@@ -38,7 +38,7 @@ LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "TRAIN_GPT_LOG_PATH_FI
 
 
 def write_shard(path: Path, tokens, magic: int = 20240520, version: int = 1, count: int | None = None) -> Path:
-    """A shard file as SPEC section 2 lays it out; the header can be made to lie."""
+    """A shard file: 256 int32 (magic, version, number of tokens, zeros), then uint16 tokens. Its header can lie."""
     header = np.zeros(256, dtype="<i4")
     header[:3] = magic, version, len(tokens) if count is None else count
     path.parent.mkdir(parents=True, exist_ok=True)

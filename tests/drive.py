@@ -1,6 +1,6 @@
-"""What test_distributed.py runs in every process: train a track to its end and write down what this rank has.
+"""What test_distributed.py runs in every process: train tracks to their ends and write down what this rank has.
 
-torchrun ... tests/drive.py TRACK.pt DATA_DIR OUT_DIR DTYPE...
+torchrun ... tests/drive.py DATA_DIR OUT_DIR RUN.pt...        each a (track, dtype); makes OUT_DIR/RUN-RANK.pt
 """
 
 import sys
@@ -28,13 +28,12 @@ def drive(track: Track, runtime: Runtime, data_dir: Path) -> dict:
     return {"losses": losses, **state, "optimizer": state["optimizer"] | untied}
 
 
-def main(track: str, data_dir: str, out: str, *dtypes: str) -> None:
+def main(data_dir: str, out: str, *runs: str) -> None:
     runtime = Runtime.create(Options(device="cpu"))
-    for dtype in dtypes:
-        result = drive(
-            torch.load(track, weights_only=False), replace(runtime, dtype=getattr(torch, dtype)), Path(data_dir)
-        )
-        torch.save(result, Path(out) / f"{dtype}-{runtime.rank}.pt")
+    for run in map(Path, runs):
+        track, dtype = torch.load(run, weights_only=False)
+        result = drive(track, replace(runtime, dtype=dtype), Path(data_dir))
+        torch.save(result, Path(out) / f"{run.stem}-{runtime.rank}.pt")
     if dist.is_initialized():
         dist.destroy_process_group()
 

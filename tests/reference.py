@@ -1,8 +1,9 @@
-"""The SPEC once more, in naive float64 PyTorch: the oracle that the tests hold train_gpt.py against.
+"""Model and optimizer once more, in naive float64 PyTorch: the oracle that the tests hold train_gpt.py against.
 
-Written for reading, not for speed: whole (T, T) attention masks, loops over layers and heads, every formula in the
-order in which the SPEC says it. It shares no code with train_gpt.py. test_reference.py checks it against the golden
-numbers.
+Written for reading, not for speed: whole (T, T) attention masks, loops over layers and heads, the formulas one
+after the other. It shares no code with train_gpt.py. make_golden.py makes the golden numbers of it. Sources: Muon
+(Jordan et al. 2024), Polar Express arXiv:2505.16932, NorMuon arXiv:2510.05491, cautious decay arXiv:2510.12402, value
+residual arXiv:2410.17897, YaRN arXiv:2309.00071, ReLU² arXiv:2109.08668.
 
 Shapes: T tokens of one packed row, d model width, H heads, D head width (d = H*D), V padded vocabulary, L layers,
 A attention layers, E layers with a value embedding, S skips, g gate width.
@@ -17,7 +18,7 @@ from torch import Tensor
 FLOAT64_EPS = torch.finfo(torch.float64).eps
 
 # ======================================================================================================================
-# Model (section 3)
+# Model
 # ======================================================================================================================
 
 
@@ -271,7 +272,7 @@ def val_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 # ======================================================================================================================
-# Optimizer (section 4)
+# Optimizer
 # ======================================================================================================================
 
 POLAR_EXPRESS_COEFFICIENTS = (
@@ -334,7 +335,7 @@ TABLE: dict[str, Adam | NorMuon] = {
     "head": Adam((0.5, 0.95), lr_mul=1, wd_mul=150),
     "embed": Adam((0.5, 0.95), lr_mul=1, wd_mul=150),
 }
-"""Section 4's table for the parameters of `small`; "scalars" stands for all the λ that share its row."""
+"""The rules of the parameters of `small`; "scalars" stands for all the λ that share its row."""
 
 
 def adam_step(p: Tensor, g: Tensor, state: dict, rule: Adam, lr_factor: float) -> Tensor:
@@ -390,7 +391,7 @@ def normuon_step(
 
 
 class ReferenceOptimizer:
-    """Section 4 in one process: `params`, float64, after each step; `table` names the rule of each, as TABLE does.
+    """The optimizer in one process: `params`, float64, after each step; `table` names the rule of each, as TABLE does.
 
     Where there is a split_step, params must hold head (d, V) and embed (V, d) with embed = headᵀ at the start.
     """

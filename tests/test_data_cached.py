@@ -41,7 +41,7 @@ script.main()
 
 
 def shard(num_tokens: int, seed: int = 0) -> bytes:
-    """SPEC section 2."""
+    """A shard file with random tokens: 256 int32 (magic, version, number of tokens, zeros), then uint16 tokens."""
     header = struct.pack("<256i", 20240520, 1, num_tokens, *[0] * 253)
     return header + random.Random(seed).randbytes(2 * num_tokens)
 

@@ -124,7 +124,7 @@ def vocabulary(tmp_path_factory, sources) -> Vocabulary:
 def expected(
     texts: list[str], shard_tokens: int, encode: Callable = str.encode, bos: int = 256, limit: int | None = None
 ) -> dict[str, bytes]:
-    """All shards, SPEC section 2 to the letter."""
+    """All shards: 256 int32 (magic, version, number of tokens, zeros), then uint16 tokens; each document after BOS."""
     tokens = [token for text in texts if text for token in (bos, *encode(text))][:limit]
     files = {}
     for i in range(0, len(tokens), shard_tokens):

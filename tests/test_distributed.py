@@ -1,6 +1,7 @@
-"""W = 1, 2, 4, 8 processes under torchrun: one and the same run."""
+"""W = 2, 4, 8 processes under torchrun, and one without: one and the same run."""
 
 import re
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -8,35 +9,45 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPO, cpu, tiny_options, tiny_track, torchrun
+from drive import drive
 
-from train_gpt import Options, train
+from train_gpt import Options, Track, train
 
-WORLD_SIZES = (1, 2, 4, 8)
+TOLERANCE = {"float64": 1e-10, "float32": 5e-6, "bfloat16": 2e-3}  # measured: 4e-16, 2e-7, 2e-4
+CASES = [(2, "float64"), (2, "float32"), (2, "bfloat16"), (4, "float64"), (8, "float64")]
+
+
+def head_not_sharded() -> Track:
+    """The tiny track with the head's state whole on every rank, while the embedding's is cut."""
+    track = tiny_track()
+    rules = replace(track.optimizer.rules, head=replace(track.optimizer.rules.head, sharded=False))
+    return replace(track, optimizer=replace(track.optimizer, rules=rules))
 
 
 @pytest.fixture(scope="module")
 def driven(tmp_path_factory, tiny_data):
-    """driven(W, dtype): what each of W ranks has after a run of tests/drive.py. Each W is launched once."""
+    """driven(W, run): what each of W ranks has after one of the runs of tests/drive.py. Each W is launched once."""
 
     @cache
     def launch(world_size: int) -> Path:
         out = tmp_path_factory.mktemp(f"world{world_size}")
-        torch.save(tiny_track(), out / "track.pt")
-        dtypes = ["float64", "float32"] + (["bfloat16"] if world_size <= 2 else [])
-        script = Path(__file__).with_name("drive.py")
-        done = torchrun(world_size, script, out / "track.pt", tiny_data, out, *dtypes)
+        runs = {run: (tiny_track(), getattr(torch, run)) for w, run in CASES if w == world_size}
+        if world_size == 2:
+            runs["head_not_sharded"] = (head_not_sharded(), torch.float64)
+        for name, run in runs.items():
+            torch.save(run, out / f"{name}.pt")
+        files = [out / f"{name}.pt" for name in runs]
+        done = torchrun(world_size, Path(__file__).with_name("drive.py"), tiny_data, out, *files)
         assert done.returncode == 0, done.stderr[-4000:]
         return out
 
-    def results(world_size: int, dtype: str) -> list[dict]:
-        out = launch(world_size)
-        return [torch.load(out / f"{dtype}-{rank}.pt", weights_only=False) for rank in range(world_size)]
+    @cache
+    def results(world_size: int, run: str) -> list[dict]:
+        if world_size == 1:
+            return [drive(tiny_track(), cpu(getattr(torch, run)), tiny_data)]
+        return [torch.load(launch(world_size) / f"{run}-{rank}.pt", weights_only=False) for rank in range(world_size)]
 
     return results
-
-
-TOLERANCE = {"float64": 1e-10, "float32": 5e-6, "bfloat16": 2e-3}  # measured: 4e-16, 2e-7, 2e-4
-CASES = [(w, d) for w in WORLD_SIZES[1:] for d in ("float64", "float32")] + [(2, "bfloat16")]
 
 
 @pytest.mark.parametrize(("world_size", "dtype"), CASES)
@@ -59,7 +70,7 @@ def test_all_ranks_hold_the_same_weights(driven, world_size, dtype):
             assert torch.equal(weight, other["weights"][name]), name
 
 
-@pytest.mark.parametrize("world_size", WORLD_SIZES[1:])
+@pytest.mark.parametrize("world_size", [2, 4, 8])
 def test_the_pieces_of_all_ranks_add_up_to_the_state_of_one_process(driven, world_size):
     """Catches: optimizer state kept whole on every rank, pieces in the wrong order, a head's state handed over without
     being cut anew. Includes the state right after the untie step; zero matrices that pad the banks stay zero."""
@@ -90,15 +101,22 @@ def check_padded(found: torch.Tensor, expected: torch.Tensor, name: str) -> None
     assert (found[n:] == 0).all(), name
 
 
-@pytest.mark.parametrize("more", [[], ["--optimizer.rules.head.no-sharded"]], ids=["sharded", "head not sharded"])
-def test_the_command_under_torchrun_logs_the_run_of_one_process(tmp_path, tiny_data, alone, more):
-    """Catches: losses of rank 0's rows alone in the log, a log or verdict per rank, a hang at the end; a head whose
-    state every rank has, gathered all the same when the embedding takes it over. The command is the one of run.sh, with
-    warm-up, validations and sample."""
+def test_a_head_whose_state_is_whole_on_every_rank_is_handed_over_as_well(driven):
+    """Catches: that state gathered all the same when the embedding, whose state is cut, takes it over."""
+    whole, cut = driven(2, "head_not_sharded"), driven(1, "float64")[0]
+    for rank in whole:
+        np.testing.assert_allclose(rank["losses"], cut["losses"], rtol=TOLERANCE["float64"])
+        assert rank["optimizer"]["head"]["exp_avg"].numel() == cut["optimizer"]["head"]["exp_avg"].numel()
+        assert rank["optimizer"]["embed"]["exp_avg"].numel() == cut["optimizer"]["embed"]["exp_avg"].numel() // 2
+
+
+def test_the_command_under_torchrun_logs_the_run_of_one_process(tmp_path, tiny_data, alone):
+    """Catches: losses of rank 0's rows alone in the log, a log or verdict per rank, a hang at the end. The command is
+    the one of run.sh, with warm-up, validations and sample."""
     train(tiny_track(val_every=8), Options(data_dir=tiny_data, log_dir=tmp_path / "1", sample_tokens=5), cpu())
     words = ["--device", "cpu", "--dtype", "float32", "--val-every", "8", "--sample-tokens", "5"]
     words += ["--data-dir", tiny_data, "--log-dir", tmp_path / "2"]
-    done = torchrun(2, REPO / "train_gpt.py", "nano", *tiny_options(), *words, *more)
+    done = torchrun(2, REPO / "train_gpt.py", "nano", *tiny_options(), *words)
     assert done.returncode == 0, done.stderr[-4000:]
     assert len(re.findall("^(reached|missed) ", done.stdout, re.M)) == 1
     assert done.stdout.count("sample:") == 1

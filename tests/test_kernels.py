@@ -156,7 +156,7 @@ def test_mlp_gradient_is_the_slope_of_the_output():
 
 
 def plain_loss(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Per position, in the words of SPEC: softmax of 23 sigmoid((z + 5) / 7.5), cross-entropy for each target."""
+    """Per position, formula by formula: softmax of 23 sigmoid((z + 5) / 7.5), cross-entropy for each target."""
     log_p = torch.log_softmax(23 / (1 + torch.exp(-(logits + 5) / 7.5)), dim=1)
     losses, first = [], []
     for t in range(len(logits)):
@@ -182,7 +182,7 @@ def some_targets(K: int, T: int, V: int, seed: int = 5) -> torch.Tensor:
 
 @KINDS
 @settings(max_examples=12, deadline=None)
-@given(T=st.integers(1, 12), V=st.integers(2, 200), K=st.integers(1, 3), scale=st.sampled_from([0.1, 3.0, 1e3]))
+@given(T=st.integers(1, 6), V=st.integers(2, 200), K=st.integers(1, 3), scale=st.sampled_from([0.1, 3.0, 1e3]))
 def test_cross_entropy_and_its_gradient(device, dtype, tolerance, T, V, K, scale):
     """Catches padding that enters the sum, a wrong chain rule of the soft-cap, targets not ignored, overflow."""
     logits, exact = rounded(random(T, V, scale=scale), device, dtype)

@@ -1,4 +1,4 @@
-"""Data: shards -> rows, against a naive reading of SPEC section 2."""
+"""Data: shards -> rows, against the naive reading of the stream that NaiveStream is."""
 
 import hashlib
 import json
@@ -108,8 +108,13 @@ def check_row(row: train_gpt.Row, pieces: list[list[int]], n: int, max_doc_len: 
     assert max(np.diff(row.cu_seqlens.tolist())) <= row.max_seqlen <= max(max_doc_len, 1)
 
 
-lengths = st.lists(st.one_of(st.integers(1, 3), st.integers(1, 40)), max_size=90)
-shard_tokens = st.builds(lambda junk, docs: [7] * junk + documents(docs), st.integers(0, 5), lengths)
+def shards_of(fewest: int) -> st.SearchStrategy[list[int]]:
+    """Tokens of a shard of this many documents and more."""
+    lengths = st.lists(st.one_of(st.integers(1, 3), st.integers(1, 40)), min_size=fewest, max_size=90)
+    return st.builds(lambda junk, docs: [7] * junk + documents(docs), st.integers(0, 5), lengths)
+
+
+shard_tokens = shards_of(0)
 stage_shapes = st.tuples(st.integers(1, 14), st.integers(1, 20))
 
 
@@ -391,14 +396,17 @@ def test_a_run_needs_the_tokens_of_its_steps_and_no_more(tmp_path):
 
 @settings(max_examples=60, deadline=None)
 @given(
-    shards=st.lists(shard_tokens, min_size=1, max_size=3),
-    shape=stage_shapes,
+    before=st.lists(shard_tokens, max_size=1),
+    shard=shards_of(56),  # which fill a step of 8 rows of 7 tokens, however short they are
+    after=st.lists(shard_tokens, max_size=1),
+    shape=st.tuples(st.integers(1, 6), st.integers(1, 20)),
     stop=st.integers(1, 12),
     epochs=st.integers(1, 3),
 )
-def test_the_rows_that_data_fill_are_counted_before_the_run(shards, shape, stop, epochs):
+def test_the_rows_that_data_fill_are_counted_before_the_run(before, shard, after, shape, stop, epochs):
     """Catches: tokens counted that rows skip (what is left of a document, or of a shard), data refused that suffice, a
     number of epochs named that does not. One epoch after the other is the naive stream of the shards as often."""
+    shards = [*before, shard, *after]
 
     def filled(epochs: int) -> int:
         naive, count = NaiveStream(shards * epochs), 0
@@ -425,10 +433,16 @@ def test_the_rows_that_data_fill_are_counted_before_the_run(shards, shape, stop,
             require_rows(track, data_dir, cpu(), stop)
         found = re.search(r"hold ([\d,]+) tokens, which fill (\d+) of (\d+) steps", str(error.value))
         assert [int(n.replace(",", "")) for n in found.groups()] == [sum(map(len, shards)), filled(epochs), stop]
-        needed = re.search(r"--data.epochs (\d+)", str(error.value))
-        assert bool(needed) == (filled(1) > 0), "shards that fill no step do so however often they are read"
-        if needed:
-            assert filled(int(needed[1])) == stop > filled(int(needed[1]) - 1)
+        needed = int(re.search(r"--data.epochs (\d+)", str(error.value))[1])
+        assert filled(needed) == stop > filled(needed - 1)
+
+
+def test_no_number_of_epochs_is_named_for_shards_that_fill_no_step(tmp_path):
+    """Catches: a search for it without end, or the advice to repeat what fills nothing however often it is read."""
+    data_dir = write_shards(tmp_path, [GOOD[:20]])
+    with pytest.raises(SpeedrunError, match="hold 20 tokens, which fill 0 of 2 steps") as error:
+        require_rows(track_with([(6, 9)], steps_each=9), data_dir, cpu(), stop=2)
+    assert "--data.epochs" not in str(error.value)
 
 
 def test_a_shard_is_known_by_what_is_recorded_until_it_changes(tmp_path):

@@ -16,6 +16,7 @@ def work(tmp_path_factory) -> Path:
 
 
 @pytest.mark.null_gpu
+@pytest.mark.slow
 def test_all_stages_on_an_h100(work):
     """Catches all that run.py lists, and a kernel, a gigabyte or a block of attention more than the budget allows."""
     case = null_gpu.Case("whole", work).run()
@@ -25,6 +26,7 @@ def test_all_stages_on_an_h100(work):
 
 
 @pytest.mark.null_gpu
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in null_gpu.CASES if name != "whole"])
 def test_other_gpus_and_two_ranks(work, name):
     """Catches a kernel that does not fit into the shared memory of another GPU, a rank that compiles something else."""

@@ -18,7 +18,7 @@ from train_gpt import SMALL, Optimizer, OptimizerConfig, Rule, Rules, join_halve
 
 GOLDEN = np.load(Path(__file__).parent / "golden_optimizer.npz")
 
-# SPEC section 4, typed in once more.
+# Polar Express, arXiv:2505.16932: (a, b, c) of its rounds, typed in once more.
 QUINTICS = (
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
@@ -119,7 +119,8 @@ def test_fewer_rounds_are_the_first_polynomials(rounds):
 
 
 class PlainNorMuon:
-    """SPEC section 4 for one matrix."""
+    """NorMuon (arXiv:2510.05491) of one matrix: Nesterov momentum, Polar Express, rows (or, of a wide matrix, columns)
+    evened out by a running mean of their mean squares to the norm they had, decay only of what the update shrinks."""
 
     def __init__(self, p: np.ndarray, lr_mul: float):
         self.p, self.lr_mul = p.copy(), lr_mul
@@ -142,7 +143,8 @@ class PlainNorMuon:
 
 
 class PlainAdam:
-    """SPEC section 4 for an array; `step` gets the sum of the gradients since the last one."""
+    """Adam of an array, with decay only of what the update shrinks (arXiv:2510.12402), quadratic in the learning rate;
+    `step` gets the sum of the gradients since the last one."""
 
     def __init__(self, p: np.ndarray, betas: tuple[float, float], lr_mul: float, wd_mul: float):
         self.p, self.betas, self.lr_mul, self.wd_mul = p.copy(), betas, lr_mul, wd_mul
@@ -371,8 +373,9 @@ def golden_after(step: int, name: str) -> np.ndarray | None:
     return GOLDEN[f"after{step}_{name}"] if f"after{step}_{name}" in GOLDEN.files else None
 
 
+@pytest.mark.golden
 def test_golden_updates_in_float64():
-    """Catches: any deviation of the optimizer from two independent implementations, to 1e-9 relative."""
+    """Catches: any deviation of the optimizer from that of reference.py, to 1e-9 relative."""
     compared = set()
     for step, masters in golden_run(torch.float64):
         for name, found in masters.items():
@@ -382,6 +385,7 @@ def test_golden_updates_in_float64():
     assert compared == {(step, name) for step in (0, 1, 7, 11) for name in GOLDEN_NAMES}
 
 
+@pytest.mark.golden
 @pytest.mark.parametrize(("dtype", "banks", "rest"), [(torch.float32, 1e-5, 1e-5), (torch.bfloat16, 0.05, 0.005)])
 def test_golden_updates_in_the_precision_of_a_run(dtype, banks, rest):
     """Catches: state or master weights kept in bfloat16. What is compared is the way from the start, relative to its
@@ -444,8 +448,8 @@ def test_adam_on_two_halves_equals_adam_on_float32_bit_for_bit():
 
 
 def test_normuon_on_two_halves_equals_normuon_on_float32_bit_for_bit(monkeypatch):
-    """Catches: momentum, evening out or decay that goes through bfloat16. Polar Express does, by the SPEC: here it does
-    so for the float32 parameter too."""
+    """Catches: momentum, evening out or decay that goes through bfloat16. Polar Express does, and is meant to: here it
+    does so for the float32 parameter too."""
     original = train_gpt.polar_express
     monkeypatch.setattr(train_gpt, "polar_express", lambda G, fused, rounds: original(G.bfloat16(), rounds=rounds))
     check_bit_for_bit("bank", (4, 16, 8), steps=20)

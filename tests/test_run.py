@@ -1,4 +1,4 @@
-"""The run: warm-up, clock, log, validation, errors, as SPEC section 6 and the command line promise them."""
+"""The run: warm-up, clock, log, validation, errors, as README and the command line promise them."""
 
 import io
 import itertools
