@@ -22,7 +22,7 @@ LINE = "=" * 100
 
 @functools.cache
 def track_of(variant: str) -> train_gpt.Track:
-    return train_gpt.parse_command(["nano", *VARIANTS[variant]])[0]
+    return train_gpt.parse_command(["nano", *VARIANTS[variant].split()])[0]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
