@@ -34,6 +34,7 @@ from tqdm.contrib.concurrent import thread_map
 from runlogs import Log, LogError, parse_log
 
 REPO = Path(__file__).resolve().parents[1]
+TRAIN_GPT = REPO / "train_gpt.py"
 PUBLISHED = REPO / "records" / "nano" / "ablation"
 FULL = "full recipe"
 # Validate often, to see when the target is met, hence on the first eighth of the validation bytes only.
@@ -121,13 +122,9 @@ def folder_of(variant: str, out: Path) -> Path:
     return out / "logs" / "".join(c if c.isalnum() else "_" for c in variant)
 
 
-def our_source() -> str:
-    return (REPO / "train_gpt.py").read_text(encoding="utf-8")
-
-
 def find_results(out: Path) -> list[Result]:
     """All complete runs, by variant and seed. Raises LogError for a log of another train_gpt.py."""
-    source, found = our_source(), {}
+    source, found = TRAIN_GPT.read_text(encoding="utf-8"), {}
     for variant in VARIANTS:
         for path in sorted(folder_of(variant, out).glob("*.txt")):
             if (result := read_result(variant, path, source)) is not None:
@@ -135,16 +132,19 @@ def find_results(out: Path) -> list[Result]:
     return list(found.values())
 
 
-def run(variant: str, seed: int, out: Path, threads: int | None, extra: list[str]) -> None:
+def run(variant: str, seed: int, out: Path, jobs: int, extra: list[str]) -> None:
     """Train one variant. Raises RuntimeError, with the end of what it printed, where that fails."""
     words = ["--seed", str(seed), *COMMON, *VARIANTS[variant].split(), "--log-dir", str(folder_of(variant, out))]
-    launch([*words, *extra], threads)
+    launch([*words, *extra], jobs)
 
 
-def launch(words: list[str], threads: int | None) -> None:
-    """`train_gpt.py nano` with these options. Raises RuntimeError, with the end of what it printed, where it fails."""
-    command = [sys.executable, str(REPO / "train_gpt.py"), "nano", *words]
-    env = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+def launch(words: list[str], jobs: int) -> None:
+    """`train_gpt.py nano` with these options, as one of several `jobs` at a time, which share the cores.
+
+    Raises RuntimeError, with the end of what it printed, where it fails.
+    """
+    command = [sys.executable, str(TRAIN_GPT), "nano", *words]
+    env = os.environ | ({"OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // jobs, 1))} if jobs > 1 else {})
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
     if done.returncode:
         raise RuntimeError(f"nano {' '.join(words)}: exit code {done.returncode}\n{done.stdout[-2000:]}")
@@ -157,7 +157,7 @@ def run_all(variants: list[str], seeds: int, out: Path, jobs: int, extra: list[s
 
     def attempt(task: tuple[str, int]) -> str | None:
         try:
-            run(*task, out, threads_of(jobs), extra)
+            run(*task, out, jobs, extra)
         except RuntimeError as error:
             tqdm.write(str(error), file=sys.stderr)
             return str(error)
@@ -165,14 +165,9 @@ def run_all(variants: list[str], seeds: int, out: Path, jobs: int, extra: list[s
     return [failure for failure in thread_map(attempt, missing, max_workers=jobs, unit="run") if failure]
 
 
-def threads_of(jobs: int) -> int | None:
-    """Threads of a run beside others; None: as many as it likes."""
-    return max((os.cpu_count() or 1) // jobs, 1) if jobs > 1 else None
-
-
 def comparable(rows: list[Result], path: Path, force: bool) -> list[Result]:
     """The rows of our train_gpt.py. Raises LogError where there are others, unless they are to be dropped."""
-    ours = digest(our_source())
+    ours = digest(TRAIN_GPT.read_text(encoding="utf-8"))
     others = [row for row in rows if row.source != ours]
     if others and not force:
         raise LogError(

@@ -19,7 +19,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import date
-from itertools import accumulate
+from itertools import accumulate, groupby
 from pathlib import Path
 
 import numpy as np
@@ -53,12 +53,12 @@ class RunSet:
     logs: list[Log]
     smoothing: int = 1  # training losses per running mean
 
+    def last_validations(self) -> list[tuple[Log, Event]]:
+        return [(log, event) for log in self.logs for event, _ in finite(log.events, "val_loss")[-1:]]
+
     def finals(self) -> list[tuple[Log, Event]]:
         """The last validation of each run that has one at its last step."""
         return [(log, event) for log, event in self.last_validations() if event.total in (None, event.step)]
-
-    def last_validations(self) -> list[tuple[Log, Event]]:
-        return [(log, event) for log in self.logs for event, _ in finite(log.events, "val_loss")[-1:]]
 
     def drawn(self) -> list[Log]:
         """The finished runs; all where none is. A run that ends early would bend the mean of the others."""
@@ -83,7 +83,7 @@ class RunSet:
 
 def position(log: Log, event: Event, axis: str) -> float | None:
     """Where an event lies on an axis; None where the log does not say."""
-    value = {"step": event.step, "seconds": event.seconds}[axis] if axis != "tokens" else log.tokens_at(event.step)
+    value = log.tokens_at(event.step) if axis == "tokens" else getattr(event, axis)
     return value if value is not None and math.isfinite(value) else None
 
 
@@ -245,12 +245,9 @@ def leaps(records: list[Record]) -> list[Record]:
     """The records of one track to be named: first, last, leaps by LEAP or more, the largest of each quarter."""
     bests = accumulate((r.seconds for r in records), min)
     ratio = {r: best / r.seconds for r, best in zip(records[1:], bests, strict=False)}
-    quarters: dict[tuple[int, int], Record] = {}
-    for r in ratio:
-        quarter = r.date.year, (r.date.month - 1) // 3
-        if quarter not in quarters or ratio[r] > ratio[quarters[quarter]]:
-            quarters[quarter] = r
-    named = {records[0], records[-1], *quarters.values(), *(r for r in ratio if ratio[r] >= LEAP)}
+    quarters = groupby(ratio, lambda r: (r.date.year, (r.date.month - 1) // 3))
+    largest = [max(quarter, key=ratio.get) for _, quarter in quarters]
+    named = {records[0], records[-1], *largest, *(r for r in ratio if ratio[r] >= LEAP)}
     return [r for r in records if r in named]
 
 
@@ -285,9 +282,8 @@ def draw_history(records: list[Record]) -> Figure:
         above = len(tracks) > 1 and track == slowest
         mine = [r for r in others if r.track == track]
         dated = [r for r in mine if r.date]
-        panel.plot(
-            [r.date for r in dated], [r.seconds for r in dated], "o", color=COLOURS[i], mfc="white", markersize=5
-        )
+        x, y = [r.date for r in dated], [r.seconds for r in dated]
+        panel.plot(x, y, "o", color=COLOURS[i], mfc="white", markersize=5)
         for r in mine:
             if not r.date:
                 panel.plot([], [], " ", label=f"#{r.number}, {r.status}: {duration(r.seconds)}, day not known")

@@ -163,14 +163,10 @@ def read_logs(paths: list[Path]) -> tuple[list[Log], list[Path]]:
 
 def parse_event(line: str, number: int) -> Event:
     """One event line. Raises ValueError, saying what does not parse."""
-    values: dict[str, str] = {}
-    for word in line.split():
-        key, _, value = word.partition(":")
-        if not value:
-            raise ValueError(f"expected key:value, found {word!r}")
-        if key in values:
-            raise ValueError(f"{key} stands there twice")
-        values[key] = value
+    words = [word.partition(":") for word in line.split()]
+    values = {key: value for key, _, value in words if value}
+    if len(values) < len(words):
+        raise ValueError("expected key:value, each key once")
     step = STEP.fullmatch(values.get("step", values.get("s", "")))
     if not step:
         raise ValueError("the step is not a number, or number/total")

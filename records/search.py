@@ -28,7 +28,7 @@ import numpy as np
 from tqdm import tqdm
 from tqdm.contrib.concurrent import thread_map
 
-from ablate import REPO, launch, markdown, paired, per_stage, read_csv, threads_of
+from ablate import REPO, launch, markdown, paired, per_stage, read_csv
 from runlogs import parse_log
 
 THIRD = 3  # of the candidates goes on to the next round, with three times as many seeds
@@ -155,12 +155,12 @@ def relative_cost(words: str, extra: tuple[str, ...], pairs: int = 3) -> float:
     return seconds[1] / seconds[0]
 
 
-def train(candidate: Candidate, steps: int, seed: int, threads: int | None, extra: tuple[str, ...]) -> Trial:
+def train(candidate: Candidate, steps: int, seed: int, jobs: int, extra: tuple[str, ...]) -> Trial:
     """Raises RuntimeError, with the end of what it printed, where the run fails."""
     name, words = candidate
     with tempfile.TemporaryDirectory() as folder:
         options = [*COMMON, "--schedule.scheduled-steps", str(steps), "--seed", str(seed), "--log-dir", folder]
-        launch([*options, *extra, *words.split()], threads)
+        launch([*options, *extra, *words.split()], jobs)
         (log,) = Path(folder).glob("*.txt")
         return Trial(name, words, steps, seed, parse_log(log).final.val_loss)
 
@@ -208,7 +208,7 @@ def search(options: argparse.Namespace, path: Path) -> None:
     def attempt(task: tuple[Candidate, int]) -> None:
         candidate, seed = task
         try:
-            trial = train(candidate, steps[candidate[1]], seed, threads_of(options.jobs), extra)
+            trial = train(candidate, steps[candidate[1]], seed, options.jobs, extra)
         except RuntimeError as error:
             tqdm.write(str(error), file=sys.stderr)
             return

@@ -35,10 +35,13 @@ SOURCE = REAL_SOURCE.replace(
     f'name="nano",\n    target_loss={NANO.target_loss},', 'name="nano",\n    target_loss=1.22,'
 )
 TRACKS = SOURCE[SOURCE.index("SMALL = Track(") : SOURCE.index("# Hot operations")]
+BAR = f"# {'-' * 118}"
 EXCERPT = "\n".join(  # the parts that rules are about: judged four times as fast as the whole
     (
         TRACKS,
+        BAR,
         SOURCE[SOURCE.index("# Data: ") : SOURCE.index("LOSS_EVERY = ")],
+        f"{BAR}\n# Run\n{BAR}",
         SOURCE[SOURCE.index("class Trainer:") : SOURCE.index("def train(track: Track")],
     )
 )
@@ -202,11 +205,6 @@ def test_statistics_that_fail(tmp_path, capsys, losses, reason):
     paths = make_set(tmp_path, losses, FAST[: len(losses)])
     code, out, err = run(capsys, *paths)
     assert code == 1 and "\nfail: " in out and reason in out and not err
-
-
-def test_equal_losses_pass(tmp_path, capsys):
-    result = run_json(capsys, *make_set(tmp_path, (1.1, 1.1, 1.1)))
-    assert result["passed"] and result["p"] == 0
 
 
 # --against
@@ -602,9 +600,9 @@ def test_accept(tmp_path, capsys, monkeypatch):
     """Catches: old logs that fail after a change of the data code was accepted, new ones that pass before."""
     monkeypatch.setattr(accepted, "REPO", tmp_path)
     monkeypatch.setattr(accepted, "ACCEPTED", shutil.copy(accepted.ACCEPTED, tmp_path / "accepted.json"))
-    changed = SOURCE.replace("n = data.val_row_tokens", "n = 2 * data.val_row_tokens")
+    changed = EXCERPT.replace("n = data.val_row_tokens", "n = 2 * data.val_row_tokens")
     (tmp_path / "train_gpt.py").write_text(changed)
-    old, new = make_set(tmp_path / "old", source=SOURCE), make_set(tmp_path / "new", source=changed)
+    old, new = make_set(tmp_path / "old", source=EXCERPT), make_set(tmp_path / "new", source=changed)
     result = run_json(capsys, *new)
     assert rules(result) == {"data"}
     assert result["broken"][0]["reason"].endswith("differs from the form accepted on 2026-02-03: that of this moment")
@@ -888,7 +886,7 @@ def test_truncated_logs(tmp_path, capsys):
     text = whole[0].read_text()
     begin = text.rindex(LINE)
     outcomes = set()
-    for end in [*range(0, begin, 97), *range(begin, len(text) - 1)]:
+    for end in [*range(0, begin, 97), *range(begin, len(text) - 1, 3)]:
         (tmp_path / "cut").write_text(text[:end])
         try:
             log = parse_log(tmp_path / "cut")

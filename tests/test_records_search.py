@@ -55,7 +55,7 @@ def test_rounds_drop_two_thirds_and_triple_the_seeds(tmp_path, monkeypatch):
     broken, slow = candidates[3][1], candidates[5][1]
     runs = []
 
-    def train(candidate, steps, seed, threads, extra):
+    def train(candidate, steps, seed, jobs, extra):
         if candidate[1] == broken:
             raise RuntimeError("exit code 1")
         runs.append((candidate[1], steps, seed))
