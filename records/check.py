@@ -43,7 +43,7 @@ TUNING = (  # what train_gpt.py had before its logs said which options are set: 
     "from torch._inductor import config as inductor",
     f"inductor.{COORDINATE_DESCENT} = track.{COORDINATE_DESCENT}",
 )
-Broken = dict[str, str]  # a rule that a log breaks: its file, the rule, the reason
+Broken = dict[str, str]  # "file", "rule" and "reason": a rule that a log breaks
 
 
 # ---- statistics ----
@@ -89,8 +89,8 @@ def final_values(logs: list[Log]) -> tuple[list[float], list[float]]:
 def compare(losses: list[float], times: list[float], against: list[Log]) -> dict[str, object]:
     """Times and losses of our runs against those of others."""
     their_losses, their_times = final_values(against)
-    (mean, *_), (their_mean, *_) = summary(times), summary(their_times)
-    known = mean is not None and their_mean is not None
+    mean, their_mean = summary(times)[0], summary(their_times)[0]
+    known = None not in (mean, their_mean)
     return {
         "n": len(against),
         "losses": their_losses,
@@ -192,14 +192,13 @@ def options(log: Log, track: str) -> Iterator[str]:
             if track != "medium" or name != COORDINATE_DESCENT:
                 yield f"settings: inductor has {name} = {value}"
         return
-    source, before = log.source or "", -1
-    for match in COMPILE_OPTION.finditer(source):
-        number = source.count("\n", 0, match.start())
+    source = log.source or ""
+    may_tune = track == "medium" or log.settings.get(COORDINATE_DESCENT) == "False"
+    for number in sorted({source.count("\n", 0, match.start()) for match in COMPILE_OPTION.finditer(source)}):
         line = source.split("\n")[number].strip()
         tunes = line in TUNING or line.startswith(f"torch._inductor.config.{COORDINATE_DESCENT} = ")
-        if number > before and not (tunes and (track == "medium" or log.settings.get(COORDINATE_DESCENT) == "False")):
+        if not (tunes and may_tune):
             yield f"line {number + 1} of its source, found by a search of its text: {line[:100]}"
-        before = number
 
 
 def shards(log: Log, official: dict[str, str | None]) -> Iterator[str]:
@@ -300,8 +299,8 @@ def broken_rules(
         broken.extend({"file": str(log.path), "rule": rule, "reason": reason} for reason in reasons)
 
     trees: dict[str, ast.Module] = {}
-    official = competition.official_shards()
-    for log in [*logs, *against]:
+    official, everyone = competition.official_shards(), [*logs, *against]
+    for log in everyone:
         add("complete", log, complete(log))
         add("clock", log, clock(log))
     for log in logs:
@@ -316,10 +315,8 @@ def broken_rules(
             continue
         add("data", log, unaccepted(tree, accepted.data_code))
         add("validation", log, chain(competition.unofficial(log), competition.unofficial_in(tree)))
-    everyone = [*logs, *against]
-    of_sets = [named_track(everyone, competition, given, accepted), alike(logs), duplicates(logs)]
-    of_sets += [hardware(everyone)] if against else []
-    for rule, log, reason in chain(*of_sets):
+    of_track, of_machine = named_track(everyone, competition, given, accepted), hardware(everyone) if against else ()
+    for rule, log, reason in chain(of_track, alike(logs), duplicates(logs), of_machine):
         add(rule, log, [reason])
     return broken
 
@@ -353,10 +350,8 @@ def judge(logs: list[Log], against: list[Log], command: argparse.Namespace) -> d
     lacking = [log for log in logs if log.final is None or not math.isfinite(log.final.val_loss)]
     if lacking and (command.no_rules or len(lacking) == len(logs)):
         raise LogError(f"{lacking[0].path}: no finite loss of a last validation, so there is nothing to judge")
-    broken, state = [], None
-    if not command.no_rules:
-        broken = broken_rules(logs, against, competition, command.track is not None, accepted)
-        state = data_state(logs, competition, broken)
+    given, rules = command.track is not None, not command.no_rules
+    broken = broken_rules(logs, against, competition, given, accepted) if rules else []
     losses, times = final_values(logs)
     (mean, _, std), (time_mean, time_median, time_std) = summary(losses), summary(times)
     result = {
@@ -373,15 +368,14 @@ def judge(logs: list[Log], against: list[Log], command: argparse.Namespace) -> d
         "time_median": time_median,
         "time_std": time_std,
         "against": compare(losses, times, against) if against else None,
-        "data": state,
+        "data": data_state(logs, competition, broken) if rules else None,
         "broken": broken,
     }
-    found = shortcomings(result, command.systems_only)
-    if command.no_rules:
+    if not rules:
         return result | {"verdict": "statistics only", "passed": None}
+    found = shortcomings(result, command.systems_only)
     verdict = f"fail: {'; '.join(found)}" if found else "pass"
-    if state.startswith("unverified"):
-        verdict += ", data unverified"
+    verdict += ", data unverified" if result["data"].startswith("unverified") else ""
     return result | {"verdict": verdict, "passed": not found}
 
 
