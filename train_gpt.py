@@ -2628,7 +2628,8 @@ def inductor_options() -> dict[str, object]:
         config = torch._inductor.config
         found |= {k: v for k, v in config._get_dict(skip_default=True).items() if v != config._config[k].default}
     if "torch._dynamo" in sys.modules:
-        for backend in filter(None, torch._dynamo.eval_frame.cached_backends.values()):  # one for each torch.compile
+        backends = getattr(torch._dynamo.eval_frame, "cached_backends", {})  # one for each torch.compile
+        for backend in filter(None, backends.values()):
             name = getattr(backend, "compiler_name", repr(backend))
             given = backend.config if name == "inductor" else {"backend": name}
             found |= {f"torch.compile: {k}": v for k, v in given.items()}
