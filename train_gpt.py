@@ -2620,7 +2620,22 @@ class Runtime:
             lines.append(
                 f"CPU: {cpu_name()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
             )
-        return "\n".join(lines)
+        return "\n".join([*lines, f"inductor: {json.dumps(inductor_options(), default=repr)}"])
+
+
+def inductor_options() -> dict[str, object]:
+    """What of inductor is not as by default ("torch.compile: NAME": given there); records/check.py judges by it."""
+    found = {k: v for k, v in os.environ.items() if k.startswith("TORCHINDUCTOR_") and k != "TORCHINDUCTOR_CACHE_DIR"}
+    if "torch._inductor.config" in sys.modules:
+        config = torch._inductor.config
+        found |= {k: v for k, v in config._get_dict(skip_default=True).items() if v != config._config[k].default}
+    if "torch._dynamo" in sys.modules:
+        backends = getattr(torch._dynamo.eval_frame, "cached_backends", {})  # one for each torch.compile
+        for backend in filter(None, backends.values()):
+            name = getattr(backend, "compiler_name", repr(backend))
+            given = backend.config if name == "inductor" else {"backend": name}
+            found |= {f"torch.compile: {k}": v for k, v in given.items()}
+    return found
 
 
 def report_error(error: Exception) -> None:

@@ -23,62 +23,61 @@ import os
 import statistics
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import pairwise
 from pathlib import Path
+
+from scipy import stats
+from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 from runlogs import Log, LogError, parse_log
 
 REPO = Path(__file__).resolve().parents[1]
+TRAIN_GPT = REPO / "train_gpt.py"
 PUBLISHED = REPO / "records" / "nano" / "ablation"
 FULL = "full recipe"
 # Validate often, to see when the target is met, hence on the first eighth of the validation bytes only.
 COMMON = ("--val-every", "20", "--data.val-tokens", "65536", "--sample-tokens", "0")
 
 
-def per_stage(name: str, *values: str) -> tuple[str, ...]:
+def per_stage(name: str, *values: object) -> str:
     """Options that give a field of the three stages these values."""
-    words = [(f"--schedule.stages.{i}.{name}", *value.split()) for i, value in enumerate(values)]
-    return tuple(word for option in words for word in option)
+    return " ".join(f"--schedule.stages.{i}.{name} {value}" for i, value in enumerate(values))
 
 
-ADAM = tuple(
-    word
+RULES = "--optimizer.rules"
+ADAM = " ".join(
+    f"{RULES}.{bank}.kind adam {RULES}.{bank}.lr-mul 0.125 {RULES}.{bank}.betas 0.9 0.99"  # lr 2e-3, the baseline's
     for bank in ("attn-bank", "mlp-bank")
-    for word in (
-        *(f"--optimizer.rules.{bank}.kind", "adam"),
-        *(f"--optimizer.rules.{bank}.lr-mul", "0.125"),  # 2e-3, the baseline's
-        *(f"--optimizer.rules.{bank}.betas", "0.9", "0.99"),
-    )
 )
-MUON = ("--optimizer.rules.attn-bank.kind", "muon", "--optimizer.rules.mlp-bank.kind", "muon")
+MUON = f"{RULES}.attn-bank.kind muon {RULES}.mlp-bank.kind muon"
 
-VARIANTS: dict[str, tuple[str, ...]] = {
-    FULL: (),
+VARIANTS: dict[str, str] = {
+    FULL: "",
     "Adam instead of NorMuon": ADAM,
     "Muon: no second moment": MUON,
-    "3 rounds of Polar Express": ("--optimizer.polar-express-rounds", "3"),
-    "decay of all weights, not cautious": ("--optimizer.no-cautious",),
-    "always tied": ("--schedule.untie", "2"),  # never reached
-    "never tied": ("--schedule.untie", "0"),
-    "no second embedding": ("--model.second-embed",),
-    "second embedding of bytes, not n-grams": ("--model.second-embed", "1"),
+    "3 rounds of Polar Express": "--optimizer.polar-express-rounds 3",
+    "decay of all weights, not cautious": "--optimizer.no-cautious",
+    "always tied": "--schedule.untie 2",  # never reached
+    "never tied": "--schedule.untie 0",
+    "no second embedding": "--model.second-embed",
+    "second embedding of bytes, not n-grams": "--model.second-embed 1",
     "no growth of windows": per_stage("windows", *3 * ("64 384",)),
-    "no YaRN": ("--schedule.yarn-max-window", "0"),
-    "queries and keys start different": ("--model.no-equal-qk-init",),
-    "no paired heads": ("--model.paired-layers",),
-    "no key offset": ("--model.no-key-offset",),
-    "no attention gates": ("--model.no-attention-gates",),
-    "no value embeddings": ("--model.value-embeds",),
-    "no smear": ("--model.no-smear",),
-    "no x0 in later layers": ("--optimizer.rules.x0-lambda.lr-mul", "0"),
-    "with a skip": ("--model.skips", "0", "1"),
-    "with a backout": ("--model.backout-layer", "0"),
+    "no YaRN": "--schedule.yarn-max-window 0",
+    "queries and keys start different": "--model.no-equal-qk-init",
+    "no paired heads": "--model.paired-layers",
+    "no key offset": "--model.no-key-offset",
+    "no attention gates": "--model.no-attention-gates",
+    "no value embeddings": "--model.value-embeds",
+    "no smear": "--model.no-smear",
+    "no x0 in later layers": "--optimizer.rules.x0-lambda.lr-mul 0",
+    "with a skip": "--model.skips 0 1",
+    "with a backout": "--model.backout-layer 0",
     "with multi-token prediction": per_stage("prediction-weights", "1 1 0.5 0.5 0.25 0", "1 1 0.5 0", "1 1"),
     "with growth of the batch": per_stage("tokens", "1024", "2048", "3072"),
-    "with a third layer": ("--model.num-layers", "3"),
-    "with a wider MLP": ("--model.mlp-ratio", "4"),
+    "with a third layer": "--model.num-layers 3",
+    "with a wider MLP": "--model.mlp-ratio 4",
 }
 
 
@@ -123,13 +122,9 @@ def folder_of(variant: str, out: Path) -> Path:
     return out / "logs" / "".join(c if c.isalnum() else "_" for c in variant)
 
 
-def our_source() -> str:
-    return (REPO / "train_gpt.py").read_text(encoding="utf-8")
-
-
 def find_results(out: Path) -> list[Result]:
     """All complete runs, by variant and seed. Raises LogError for a log of another train_gpt.py."""
-    source, found = our_source(), {}
+    source, found = TRAIN_GPT.read_text(encoding="utf-8"), {}
     for variant in VARIANTS:
         for path in sorted(folder_of(variant, out).glob("*.txt")):
             if (result := read_result(variant, path, source)) is not None:
@@ -137,16 +132,19 @@ def find_results(out: Path) -> list[Result]:
     return list(found.values())
 
 
-def run(variant: str, seed: int, out: Path, threads: int | None, extra: list[str]) -> None:
+def run(variant: str, seed: int, out: Path, jobs: int, extra: list[str]) -> None:
     """Train one variant. Raises RuntimeError, with the end of what it printed, where that fails."""
-    words = ["--seed", str(seed), *COMMON, *VARIANTS[variant], "--log-dir", str(folder_of(variant, out))]
-    launch([*words, *extra], threads)
+    words = ["--seed", str(seed), *COMMON, *VARIANTS[variant].split(), "--log-dir", str(folder_of(variant, out))]
+    launch([*words, *extra], jobs)
 
 
-def launch(words: list[str], threads: int | None) -> None:
-    """`train_gpt.py nano` with these options. Raises RuntimeError, with the end of what it printed, where it fails."""
-    command = [sys.executable, str(REPO / "train_gpt.py"), "nano", *words]
-    env = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+def launch(words: list[str], jobs: int) -> None:
+    """`train_gpt.py nano` with these options, as one of several `jobs` at a time, which share the cores.
+
+    Raises RuntimeError, with the end of what it printed, where it fails.
+    """
+    command = [sys.executable, str(TRAIN_GPT), "nano", *words]
+    env = os.environ | ({"OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // jobs, 1))} if jobs > 1 else {})
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
     if done.returncode:
         raise RuntimeError(f"nano {' '.join(words)}: exit code {done.returncode}\n{done.stdout[-2000:]}")
@@ -154,31 +152,22 @@ def launch(words: list[str], threads: int | None) -> None:
 
 def run_all(variants: list[str], seeds: int, out: Path, jobs: int, extra: list[str]) -> list[str]:
     """Train what is missing, all variants of a seed before the next seed. Returns what failed."""
-    from tqdm import tqdm
-
     have = {(result.variant, result.seed) for result in find_results(out)}
     missing = [(variant, seed) for seed in range(seeds) for variant in variants if (variant, seed) not in have]
-    threads = max((os.cpu_count() or 1) // jobs, 1) if jobs > 1 else None
-    failures = []
-    with ThreadPoolExecutor(jobs) as pool, tqdm(total=seeds * len(variants), unit="run") as bar:
-        bar.update(seeds * len(variants) - len(missing))
-        runs = {pool.submit(run, *task, out, threads, extra): task for task in missing}
+
+    def attempt(task: tuple[str, int]) -> str | None:
         try:
-            for future in as_completed(runs):
-                bar.set_postfix_str("{}, seed {}".format(*runs[future]))
-                if error := future.exception():
-                    failures.append(str(error))
-                    tqdm.write(str(error), file=sys.stderr)
-                bar.update()
-        except KeyboardInterrupt:
-            pool.shutdown(cancel_futures=True)
-            raise
-    return failures
+            run(*task, out, jobs, extra)
+        except RuntimeError as error:
+            tqdm.write(str(error), file=sys.stderr)
+            return str(error)
+
+    return [failure for failure in thread_map(attempt, missing, max_workers=jobs, unit="run") if failure]
 
 
 def comparable(rows: list[Result], path: Path, force: bool) -> list[Result]:
     """The rows of our train_gpt.py. Raises LogError where there are others, unless they are to be dropped."""
-    ours = digest(our_source())
+    ours = digest(TRAIN_GPT.read_text(encoding="utf-8"))
     others = [row for row in rows if row.source != ours]
     if others and not force:
         raise LogError(
@@ -204,59 +193,55 @@ def write_csv(results: list[Result], path: Path) -> None:
             writer.writerow([r.variant, r.seed, f"{r.loss:.4f}", f"{r.seconds:.1f}", to_target, r.source, r.cpu])
 
 
-def read_csv(path: Path) -> list[Result]:
+def read_csv(path: Path, kind: type = Result) -> list:
+    """The rows as `kind`, a dataclass whose fields are the columns, empty where one is missing; none without a file."""
     if not path.exists():
         return []
+    read = {"int": int, "float": float, "float | None": lambda text: float(text) if text else None}
     with open(path, newline="", encoding="utf-8") as file:
-        return [
-            Result(
-                row["variant"],
-                int(row["seed"]),
-                float(row["loss"]),
-                float(row["seconds"]),
-                float(row["to_target"]) if row["to_target"] else None,
-                row.get("source") or "",
-                row.get("cpu") or "",
-            )
-            for row in csv.DictReader(file)
-        ]
+        rows = list(csv.DictReader(file))
+    return [kind(*(read.get(f.type, str)(row.get(f.name) or "") for f in fields(kind))) for row in rows]
+
+
+def paired(runs: dict[int, Result], full: dict[int, Result]) -> tuple[list[int], float, float, str]:
+    """(seeds, mean loss, mean change, p) of two sets of runs by seed; p of the paired t-test, where there is one."""
+    seeds = sorted(runs.keys() & full.keys())
+    change = [runs[s].loss - full[s].loss for s in seeds]
+    p = f"{stats.ttest_1samp(change, 0).pvalue:.2g}" if len(seeds) > 1 and runs is not full else ""
+    return seeds, statistics.mean(runs[s].loss for s in seeds), statistics.mean(change), p
+
+
+def markdown(head: tuple[str, ...], rows: list[tuple]) -> str:
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
 def table(results: list[Result]) -> str:
     """Markdown: a row per variant, the most harmful first."""
-    from scipy import stats
-
     names = dict.fromkeys([FULL, *(r.variant for r in results)])
     by_variant = {name: {r.seed: r for r in results if r.variant == name} for name in names}
     full = by_variant[FULL]
     rows = []
     for variant, runs in by_variant.items():
-        seeds = sorted(runs.keys() & full.keys())
-        if not seeds:
+        if not runs.keys() & full.keys():
             continue
-        losses = [runs[s].loss for s in seeds]
-        change = [runs[s].loss - full[s].loss for s in seeds]
-        p = "" if variant == FULL or len(seeds) < 2 else f"{stats.ttest_1samp(change, 0).pvalue:.2g}"
+        seeds, loss, change, p = paired(runs, full)
         timed = [s for s in seeds if runs[s].cpu == full[s].cpu]
         speed = f"{statistics.median(runs[s].seconds / full[s].seconds for s in timed):.2f}" if timed else "–"
         met = [runs[s].to_target for s in timed if runs[s].to_target is not None]
         to_target = f"{statistics.mean(met):.0f} s" if met else "–"
         if len(met) < len(timed):
             to_target += f" ({len(met)} of {len(timed)} runs)"
-        delta = f"{statistics.mean(change):+.4f}" if variant != FULL else ""
-        cells = (variant, len(seeds), f"{statistics.mean(losses):.4f}", delta, p, to_target, speed)
-        rows.append((variant != FULL, -statistics.mean(change), cells))
-    lines = [
-        "| variant | n | loss | change | p | to the target | training time, × full |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    return "\n".join(lines + ["| " + " | ".join(map(str, cells)) + " |" for *_, cells in sorted(rows)])
+        delta = f"{change:+.4f}" if variant != FULL else ""
+        rows.append((variant != FULL, -change, (variant, len(seeds), f"{loss:.4f}", delta, p, to_target, speed)))
+    head = ("variant", "n", "loss", "change", "p", "to the target", "training time, × full")
+    return markdown(head, [cells for *_, cells in sorted(rows)])
 
 
 def report(results: list[Result]) -> str:
     """The table with the command of each variant."""
     ran = [v for v in VARIANTS if any(r.variant == v for r in results)]
-    commands = "\n".join(f"- {v}: `./run.sh nano {' '.join(VARIANTS[v])}`" for v in ran if VARIANTS[v])
+    commands = "\n".join(f"- {v}: `./run.sh nano {VARIANTS[v]}`" for v in ran if VARIANTS[v])
     return f"{table(results)}\n\n{commands}\n"
 
 

@@ -47,6 +47,29 @@ class Competition:
             if not equals(log.settings.get(key), official):
                 yield f"settings: {key} is {log.settings.get(key)}, officially {official}"
 
+    def unofficial_in(self, tree: ast.Module) -> Iterator[str]:
+        """Which numbers of a program's call Track(name=...) are not the official ones.
+
+        A track may take its data from another: `data=replace(SMALL.data, ...)`.
+        """
+        tracks = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and last_name(node.func) == "Track"]
+        calls = [c for c in tracks if f"name={self.track!r}" in map(ast.unparse, c.keywords)]
+        if len(calls) != 1:
+            yield f"its source has {len(calls)} calls Track(name='{self.track}', ...), expected one"
+        parts = [node for call in calls for node in ast.walk(call)]
+        keywords = [node for node in parts if isinstance(node, ast.keyword)]
+        others = {last_name(node.value) for node in parts if isinstance(node, ast.Attribute) and node.attr == "data"}
+        for node in tree.body:
+            if isinstance(node, ast.Assign) and node.value in tracks and {last_name(t) for t in node.targets} & others:
+                found = (part for part in ast.walk(node.value) if isinstance(part, ast.keyword))
+                keywords += [keyword for keyword in found if keyword.arg != "target_loss"]
+        if calls and not any(keyword.arg == "val_tokens" for keyword in keywords):
+            yield f"its Track(name='{self.track}', ...) does not spell out val_tokens"
+        for keyword in keywords:
+            official = self.numbers().get(keyword.arg)
+            if official is not None and not equals(ast.unparse(keyword.value), official):
+                yield f"line {keyword.lineno} of its source: {keyword.arg} is not {official}, the official one"
+
     def fits(self, log: Log) -> bool:
         """Whether a log has the official settings and, as far as it names its shards, one that is pinned."""
         pinned = any(sha256 == self.shards.get(name) for name, (_, sha256) in log.data.items())
@@ -105,6 +128,13 @@ class Accepted:
         fitting = [c for c in self.competitions if c.track == track and c.fits(log)]
         return fitting[-1] if fitting else None
 
+    def competition_of_set(self, logs: list[Log], track: str) -> Competition:
+        """That of the first log that fits one, else the open one. Raises LogError for a track that there is not."""
+        present = {c.track: c for c in reversed(self.competitions)}
+        if track not in present:
+            raise LogError(f"unknown track '{track}'; there are: {', '.join(sorted(present))}")
+        return next((c for log in logs if (c := self.competition_of(log, track))), present[track])
+
 
 def equals(text: str | None, number: float) -> bool:
     try:
@@ -124,9 +154,7 @@ def accept(why: str) -> str:
     return f"accepted: the data code of train_gpt.py, as form {len(accepted.data_code)} in {ACCEPTED}"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The code that reads data and validates
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- the code that reads data and validates ----
 
 
 def data_code(path: Path) -> dict[str, str]:
@@ -136,24 +164,28 @@ def data_code(path: Path) -> dict[str, str]:
     """
     try:
         text = path.read_text(encoding="utf-8")
-        tree = ast.parse(text)
+        found = definitions(ast.parse(text))
     except (OSError, SyntaxError, ValueError) as error:
         raise LogError(f"{path}: cannot be read as Python ({error})") from error
     banners = [(text.count("\n", 0, m.start()) + 1, m[1]) for m in BANNER.finditer(text)]
     begin = next((line for line, title in banners if title.startswith("Data: ")), math.inf)
     end = next((line for line, _ in banners if line > begin), math.inf)
-    section = [statement for statement in tree.body if begin < statement.lineno < end]
-    digests = {name: digest(statement) for statement in section for name in bound_names(statement)}
-    validates = validates_of(tree.body)
-    if not digests or len(validates) != 1:
+    section = [name for name, statements in found.items() if begin < statements[0].lineno < end]
+    if not section or len(found.get("Trainer.validate", [])) != 1:
         raise LogError(f"{path}: expected a section '# Data: ...' and one Trainer.validate")
-    return digests | {"Trainer.validate": digest(validates[0])}
+    return {name: digest(found[name][0]) for name in (*section, "Trainer.validate")}
 
 
-def validates_of(body: list[ast.stmt]) -> list[ast.stmt]:
-    """What binds `validate` in the classes of the name Trainer."""
-    trainers = [node for node in body if isinstance(node, ast.ClassDef) and node.name == "Trainer"]
-    return [part for node in trainers for part in node.body if "validate" in bound_names(part)]
+def definitions(tree: ast.Module) -> dict[str, list[ast.stmt]]:
+    """What binds each name at top level, and "Trainer.validate" in the classes of the name Trainer."""
+    found: dict[str, list[ast.stmt]] = {}
+    for statement in tree.body:
+        for name in bound_names(statement):
+            found.setdefault(name, []).append(statement)
+    trainers = [node for node in found.get("Trainer", []) if isinstance(node, ast.ClassDef)]
+    if validates := [part for node in trainers for part in node.body if "validate" in bound_names(part)]:
+        found["Trainer.validate"] = validates
+    return found
 
 
 def bound_names(statement: ast.stmt) -> list[str]:
@@ -169,6 +201,57 @@ def bound_names(statement: ast.stmt) -> list[str]:
         elif isinstance(node, ast.alias):
             names.append((node.asname or node.name).split(".")[0])
     return names
+
+
+def last_name(node: ast.AST) -> str:
+    """The part after the last dot."""
+    return ast.unparse(node).split(".")[-1]
+
+
+def unaccepted(tree: ast.Module, forms: list[Form]) -> Iterator[str]:
+    """Why the code of a program that reads data and validates has none of the accepted forms.
+
+    It may stand anywhere, once, and nothing else may replace it.
+    """
+    found = definitions(tree)
+    names = {name for form in forms for name in form.digests}
+    if not found.keys() & {*names, "Trainer"}:
+        yield "not this repository's train_gpt.py: cannot be judged by rule; use --no-rules for its statistics"
+        return
+    digests = {name: digest(found[name][0]) for name in names if len(found.get(name, [])) == 1}
+
+    def differences(form: Form) -> Iterator[str]:
+        for name in ("Trainer", *form.digests):
+            if (times := len(found.get(name, []))) != 1:
+                yield f"{name} is defined {times} times at top level, expected once"
+            elif name in form.digests and digests[name] != form.digests[name]:
+                line = f"line {found[name][0].lineno} of its source"
+                yield f"{name} ({line}) differs from the form accepted on {form.date}: {form.why}"
+
+    closest = min(reversed(forms), key=lambda form: len([*differences(form)]))  # of several the latest
+    yield from differences(closest)
+    yield from replaced(tree, {*closest.digests})
+
+
+def replaced(tree: ast.Module, names: set[str]) -> Iterator[str]:
+    """Other ways to replace what `names` or Trainer.validate stand for: attributes, `global`, derived classes."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.Global() if names & {*node.names}:
+                reason = f"global {', '.join(node.names)}"
+            case ast.Attribute(ctx=ast.Store()) if node.attr == "validate" or last_name(node.value) in names:
+                reason = f"{ast.unparse(node)} is assigned"
+            case ast.Call(func=ast.Name("setattr"), args=[owner, *others]) if last_name(
+                owner
+            ) in names or "'validate'" in map(ast.unparse, others):
+                reason = "setattr"
+            case ast.ClassDef(bases=bases) if names & {*map(last_name, bases)}:
+                reason = f"class {node.name} derives from {', '.join(map(last_name, bases))}"
+            case ast.ClassDef(body=body) if node.name != "Trainer" and any("validate" in bound_names(s) for s in body):
+                reason = f"class {node.name} has its own validate"
+            case _:
+                continue
+        yield f"line {node.lineno} of its source: {reason}, which replaces data or validation code"
 
 
 def digest(statement: ast.stmt) -> str:

@@ -19,22 +19,23 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import date
-from itertools import accumulate
+from itertools import accumulate, groupby
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from runlogs import Event, Log, LogError, finite, parse_log
+import numpy as np
+from matplotlib import ticker
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure  # without pyplot, whose import costs as much again as all the rest
+from matplotlib.text import Annotation, Text
+from matplotlib.transforms import Bbox
 
-if TYPE_CHECKING:  # else imported where it is used: a message about a bad log need not wait for it
-    import numpy as np
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-    from matplotlib.text import Annotation
-    from matplotlib.transforms import Bbox
+from runlogs import Event, Log, LogError, finite, read_logs
 
 HISTORY = Path(__file__).resolve().parent / "history.csv"
 AXES = {"step": "step", "tokens": "training tokens", "seconds": "training time (s)"}
 SMOOTHING = 5  # training losses per running mean in a set; a step's batch is small, so single ones are noisy
+DPI = 150
 LEAP = 1.1  # a record that divides the time by this or more is named in the history
 TICKS = (30, 60, 100, 180, 300, 600, 1200, 2700, 5400, 10800, 21600, 43200)  # seconds
 
@@ -52,12 +53,12 @@ class RunSet:
     logs: list[Log]
     smoothing: int = 1  # training losses per running mean
 
+    def last_validations(self) -> list[tuple[Log, Event]]:
+        return [(log, event) for log in self.logs for event, _ in finite(log.events, "val_loss")[-1:]]
+
     def finals(self) -> list[tuple[Log, Event]]:
         """The last validation of each run that has one at its last step."""
         return [(log, event) for log, event in self.last_validations() if event.total in (None, event.step)]
-
-    def last_validations(self) -> list[tuple[Log, Event]]:
-        return [(log, event) for log in self.logs for event, _ in finite(log.events, "val_loss")[-1:]]
 
     def drawn(self) -> list[Log]:
         """The finished runs; all where none is. A run that ends early would bend the mean of the others."""
@@ -82,7 +83,7 @@ class RunSet:
 
 def position(log: Log, event: Event, axis: str) -> float | None:
     """Where an event lies on an axis; None where the log does not say."""
-    value = {"step": event.step, "seconds": event.seconds}[axis] if axis != "tokens" else log.tokens_at(event.step)
+    value = log.tokens_at(event.step) if axis == "tokens" else getattr(event, axis)
     return value if value is not None and math.isfinite(value) else None
 
 
@@ -105,8 +106,6 @@ def mean_and_range(curves: list[Curve]) -> tuple[np.ndarray, np.ndarray, np.ndar
 
     Each run is interpolated linearly between its steps; the place is the mean of the runs' (of their seconds, say).
     """
-    import numpy as np
-
     curves = [run for run in curves if run[0]]
     if not curves:
         return (np.array([]),) * 4
@@ -140,7 +139,7 @@ def draw_runs(sets: list[RunSet]) -> Figure:
     """One panel per axis: training as lines, validation as points, each set in its colour, the target dashed."""
     logs = [log for runs in sets for log in runs.drawn()]
     axes = axes_of(logs)
-    figure = new_figure(10, 4.4, layout="constrained")
+    figure = Figure(figsize=(10, 4.4), dpi=DPI, layout="constrained")
     panels = figure.subplots(1, len(axes), sharey=True, squeeze=False)[0]
     panels[0].set_ylim(loss_range(logs))
     panels[0].set_ylabel("loss (nats per token)")
@@ -152,8 +151,8 @@ def draw_runs(sets: list[RunSet]) -> Figure:
         dress(panel)
         panel.set_xlim(left=0)
         panel.set_xlabel(AXES[axis])
-        panel.xaxis.set_major_locator(ticker().MaxNLocator(5, integer=axis == "step"))
-        panel.xaxis.set_major_formatter(lambda value, _: number(value))
+        panel.xaxis.set_major_locator(ticker.MaxNLocator(5, integer=axis == "step"))
+        panel.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=2, frameon=False)
     if caption := describe(sets):
         figure.supxlabel(caption, fontsize=8, color="0.4")
@@ -220,39 +219,35 @@ class Record:
 
 def read_history(path: Path) -> list[Record]:
     """The records of a history. Raises LogError where it cannot be read or a row is not one."""
-    records = []
     try:
         with path.open(encoding="utf-8", newline="") as file:
-            for row in csv.DictReader(file):
-                try:
-                    number, seconds, day = int(row["record"].lstrip("#")), float(row["seconds"]), None
-                    if row["date"]:
-                        day = date.fromisoformat(row["date"] + "-15" * (len(row["date"]) == len("2026-08")))
-                    records.append(Record(row["track"], number, seconds, day, row["change"], row["status"]))
-                    if not 0 < seconds < math.inf:
-                        raise ValueError(f"{row['seconds']} seconds")
-                except (AttributeError, KeyError, TypeError, ValueError) as error:
-                    wanted = "track,record,seconds,date,change,contributors,status"
-                    raise LogError(f"{path}: {error!s} in {row}: expected {wanted}") from None
+            rows = csv.DictReader(file)
+            records = [record_of(row) for row in rows]
     except OSError as error:
         raise LogError(f"cannot read {path}: {error.strerror}") from error
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise LogError(f"{path}: not a table of comma-separated values ({error})") from None
+    except (AttributeError, KeyError, TypeError, ValueError, csv.Error) as error:
+        wanted = "track,record,seconds,date,change,contributors,status"
+        raise LogError(f"{path}, line {rows.line_num}: {error!s}: expected {wanted}") from None
     if not any(record.date for record in records if record.status == "record"):
         raise LogError(f"{path} has no record with a date")
     return records
+
+
+def record_of(row: dict[str, str]) -> Record:
+    """A row of the history. Raises whatever its cells lead to."""
+    day = date.fromisoformat(row["date"] + "-15" * (len(row["date"]) == len("2026-08"))) if row["date"] else None
+    if not 0 < (seconds := float(row["seconds"])) < math.inf:
+        raise ValueError(f"{seconds:g} seconds")
+    return Record(row["track"], int(row["record"].lstrip("#")), seconds, day, row["change"], row["status"])
 
 
 def leaps(records: list[Record]) -> list[Record]:
     """The records of one track to be named: first, last, leaps by LEAP or more, the largest of each quarter."""
     bests = accumulate((r.seconds for r in records), min)
     ratio = {r: best / r.seconds for r, best in zip(records[1:], bests, strict=False)}
-    quarters: dict[tuple[int, int], Record] = {}
-    for r in ratio:
-        quarter = r.date.year, (r.date.month - 1) // 3
-        if quarter not in quarters or ratio[r] > ratio[quarters[quarter]]:
-            quarters[quarter] = r
-    named = {records[0], records[-1], *quarters.values(), *(r for r in ratio if ratio[r] >= LEAP)}
+    quarters = groupby(ratio, lambda r: (r.date.year, (r.date.month - 1) // 3))
+    largest = [max(quarter, key=ratio.get) for _, quarter in quarters]
+    named = {records[0], records[-1], *largest, *(r for r in ratio if ratio[r] >= LEAP)}
     return [r for r in records if r in named]
 
 
@@ -261,7 +256,7 @@ def draw_history(records: list[Record]) -> Figure:
 
     What is not a record is a hollow point, or a line of the legend where its date is not known.
     """
-    figure = new_figure(1600 / 150, 700 / 150)
+    figure = Figure(figsize=(1600 / DPI, 700 / DPI), dpi=DPI)
     panel = figure.subplots()
     figure.subplots_adjust(left=0.08, right=0.985, bottom=0.075, top=0.975)
     others = [r for r in records if r.status != "record"]
@@ -272,9 +267,9 @@ def draw_history(records: list[Record]) -> Figure:
     panel.set_xlim(min(dates) - 0.24 * span, max(dates) + 0.03 * span)
     panel.set_yscale("log")
     panel.set_ylim(0.5 * min(r.seconds for r in [*records, *others]), 1.5 * max(r.seconds for r in records))
-    panel.yaxis.set_major_locator(ticker().FixedLocator(TICKS))
+    panel.yaxis.set_major_locator(ticker.FixedLocator(TICKS))
     panel.yaxis.set_major_formatter(lambda value, _: duration(value))
-    panel.yaxis.set_minor_locator(ticker().NullLocator())
+    panel.yaxis.set_minor_locator(ticker.NullLocator())
     panel.set_ylabel("training time to the target loss")
     dress(panel)
     slowest = max(tracks, key=lambda track: tracks[track][-1].seconds)
@@ -287,9 +282,8 @@ def draw_history(records: list[Record]) -> Figure:
         above = len(tracks) > 1 and track == slowest
         mine = [r for r in others if r.track == track]
         dated = [r for r in mine if r.date]
-        panel.plot(
-            [r.date for r in dated], [r.seconds for r in dated], "o", color=COLOURS[i], mfc="white", markersize=5
-        )
+        x, y = [r.date for r in dated], [r.seconds for r in dated]
+        panel.plot(x, y, "o", color=COLOURS[i], mfc="white", markersize=5)
         for r in mine:
             if not r.date:
                 panel.plot([], [], " ", label=f"#{r.number}, {r.status}: {duration(r.seconds)}, day not known")
@@ -313,13 +307,12 @@ def name_leap(panel: Axes, record: Record, above: bool, colour: str) -> Annotati
     )
 
 
-def place(names: Iterable[Annotation], above: bool) -> None:
+def place(names: list[Annotation], above: bool) -> None:
     """Moves names away from their curve until none lies on another."""
-    from matplotlib.text import Text
-
     placed: list[Bbox] = []
-    for name in reversed(list(names)) if above else names:
-        name.update_positions(name.figure.canvas.get_renderer())
+    renderer = FigureCanvasAgg(names[0].figure).get_renderer()
+    for name in reversed(names) if above else names:
+        name.update_positions(renderer)
         box = Text.get_window_extent(name)  # of the text alone; an annotation's own includes the line to its point
         step, (x, y) = (1 if above else -1), name.get_position()
         while any(box.overlaps(other) for other in placed):
@@ -328,38 +321,11 @@ def place(names: Iterable[Annotation], above: bool) -> None:
         placed.append(box.padded(2))
 
 
-# ---- shared ----
-
-
-def ticker():
-    import matplotlib.ticker
-
-    return matplotlib.ticker
-
-
-def new_figure(width: float, height: float, **options: str) -> Figure:
-    """A figure of so many inches, without pyplot, whose import costs as much again as all the rest."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=150, **options)
-    FigureCanvasAgg(figure)
-    return figure
-
-
 def dress(panel: Axes) -> None:
     """Light grid behind the curves, no box."""
     panel.grid(color="0.9", linewidth=0.8)
     panel.set_axisbelow(True)
     panel.spines[["top", "right"]].set_visible(False)
-
-
-def number(value: float) -> str:
-    """1,500, 200k or 2.5M: a tick of steps, seconds or tokens."""
-    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if abs(value) >= max(size, 1e5):
-            return f"{value / size:g}{unit}"
-    return f"{value:,.10g}"
 
 
 def duration(seconds: float) -> str:
@@ -374,18 +340,10 @@ def duration(seconds: float) -> str:
 
 def logs_of(paths: Iterable[Path]) -> list[Log]:
     """The logs, each with a finite loss, of files and folders. Raises LogError."""
-    logs = []
-    for path in paths:
-        files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
-        if not files:
-            raise LogError(f"no *.txt in the folder {path}")
-        logs += [parse_log(file) for file in files]
+    logs, _ = read_logs(paths)
     for log in logs:
         if not finite(log.events, "train_loss") + finite(log.events, "val_loss"):
-            raise LogError(
-                f"{log.path} has no loss line such as 'step:250/1765 val_loss:4.1234 train_time:12345ms' with a finite "
-                "loss after its last line of '=': did the run end before its first validation?"
-            )
+            raise LogError(f"{log.path} has no finite loss: did the run end before its first validation?")
     return logs
 
 
@@ -433,7 +391,7 @@ def main() -> None:
         for path, figure in pictures(parser.parse_args()):
             figure.savefig(path, metadata={"Software": None})  # its version would change the bytes
             print(f"plot: {path}")
-    except (LogError, OSError, ImportError) as error:
+    except (LogError, OSError) as error:
         sys.exit(f"records/plot.py: error: {error}")
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import ast
 import math
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,6 +28,7 @@ DATA = re.compile(r"data: (\S+) (\d+) tokens sha256 ([0-9a-f]{64})")
 STEP = re.compile(r"(\d+)(?:/(\d+))?")
 TIME = re.compile(r"(nan|inf|\d+(?:\.\d*)?(?:e[+-]?\d+)?)(ms|s)?")
 VAL_LOSS, TRAIN_LOSS = ("val_loss", "val", "tel"), ("train_loss", "loss", "trl", "trn")
+GPU_NAME = re.compile(r"^\|\s+\d+\s+(\S.*?)\s+(?:On|Off|N/A)\s+\|", re.MULTILINE)  # in the table of nvidia-smi
 MAX_BYTES = 256 * 2**20
 
 
@@ -77,6 +79,14 @@ class Log:
     @property
     def track(self) -> str | None:
         return self.settings.get("name")
+
+    @property
+    def hardware(self) -> dict[str, str]:
+        """What the environment says of "Device" (kind and number), "CPU" and "GPU"."""
+        gpus = Counter(GPU_NAME.findall(self.environment))
+        found = {"Device": self.settings.get("Device", "").split(",")[0], "CPU": self.settings.get("CPU", "")}
+        found["GPU"] = ", ".join(f"{n} x {name}" for name, n in gpus.items())
+        return {kind: name for kind, name in found.items() if name}
 
     @property
     def target(self) -> float | None:
@@ -133,28 +143,36 @@ def parse_log(path: str | Path) -> Log:
     return Log(path, source if source.strip() else None, environment, settings, events, notes, data)
 
 
+def read_logs(paths: list[Path]) -> tuple[list[Log], list[Path]]:
+    """The logs and those in folders, and the files of folders that have no line of a run, such as notes.
+
+    Raises LogError where a file cannot be read, or where none is a log.
+    """
+    logs, passed_over = [], []
+    for path in paths:
+        files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
+        if not files:
+            raise LogError(f"{path}: no *.txt in this folder")
+        found = [parse_log(file) for file in files]
+        if not any(log.events for log in found):
+            raise LogError(f"{path}: no line such as 'step:250/1765 val_loss:4.1234 train_time:12345ms': is it a log?")
+        logs += [log for log in found if log.events]
+        passed_over += [log.path for log in found if not log.events]
+    return logs, passed_over
+
+
 def parse_event(line: str, number: int) -> Event:
     """One event line. Raises ValueError, saying what does not parse."""
-    values: dict[str, str] = {}
-    for word in line.split():
-        key, colon, value = word.partition(":")
-        if not colon or not value:
-            raise ValueError(f"expected key:value, found {word!r}")
-        if key in values:
-            raise ValueError(f"{key} stands there twice")
-        values[key] = value
+    words = [word.partition(":") for word in line.split()]
+    values = {key: value for key, _, value in words if value}
+    if len(values) < len(words):
+        raise ValueError("expected key:value, each key once")
     step = STEP.fullmatch(values.get("step", values.get("s", "")))
     if not step:
         raise ValueError("the step is not a number, or number/total")
-    return Event(
-        line=number,
-        step=int(step[1]),
-        total=int(step[2]) if step[2] else None,
-        seconds=parse_time(values, "train_time"),
-        average=parse_time(values, "step_avg"),
-        val_loss=parse_loss(values, VAL_LOSS),
-        train_loss=parse_loss(values, TRAIN_LOSS),
-    )
+    times = parse_time(values, "train_time"), parse_time(values, "step_avg")
+    losses = parse_loss(values, VAL_LOSS), parse_loss(values, TRAIN_LOSS)
+    return Event(number, int(step[1]), int(step[2]) if step[2] else None, *times, *losses)
 
 
 def parse_time(values: dict[str, str], key: str) -> float | None:
@@ -168,13 +186,11 @@ def parse_time(values: dict[str, str], key: str) -> float | None:
 
 
 def parse_loss(values: dict[str, str], spellings: tuple[str, ...]) -> float | None:
-    for key in spellings:
-        if key in values:
-            try:
-                return float(values[key])
-            except ValueError:
-                raise ValueError(f"{key} is not a number") from None
-    return None
+    key = next((key for key in spellings if key in values), None)
+    try:
+        return float(values[key]) if key else None
+    except ValueError:
+        raise ValueError(f"{key} is not a number") from None
 
 
 def finite(events: list[Event], name: str) -> list[tuple[Event, float]]:

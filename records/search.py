@@ -14,18 +14,21 @@ from __future__ import annotations
 
 import argparse
 import csv
-import os
 import random
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 
-from ablate import REPO, launch, per_stage
+import numpy as np
+from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
+
+from ablate import REPO, launch, markdown, paired, per_stage, read_csv
 from runlogs import parse_log
 
 THIRD = 3  # of the candidates goes on to the next round, with three times as many seeds
@@ -35,28 +38,28 @@ COMMON = ("--data-dir", str(DATA), "--data.val-tokens", "131072", "--sample-toke
 STAGES = 3  # of the track
 
 
-def option(name: str, *values: object) -> list[tuple[str, ...]]:
+def option(name: str, *values: object) -> list[str]:
     """An alternative for each value of an option of train_gpt.py."""
-    return [(f"--{name}", *str(value).split()) for value in values]
+    return [f"--{name} {value}".strip() for value in values]
 
 
-def of_stages(name: str, *rows: tuple[object, ...]) -> list[tuple[str, ...]]:
+def of_stages(name: str, *rows: tuple[object, ...]) -> list[str]:
     """An alternative for each row, which has a value per stage."""
-    return [per_stage(name, *map(str, row)) for row in rows]
+    return [per_stage(name, *row) for row in rows]
 
 
-def rule(names: str, name: str, *values: object) -> list[tuple[str, ...]]:
+def rule(names: str, name: str, *values: object) -> list[str]:
     """An alternative for each value of a field of the rules of some parameters."""
-    return [tuple(w for n in names.split() for w in (f"--optimizer.rules.{n}.{name}", str(v))) for v in values]
+    return [" ".join(f"--optimizer.rules.{n}.{name} {value}" for n in names.split()) for value in values]
 
 
-SPACE: dict[str, list[tuple[str, ...]]] = {
+SPACE: dict[str, list[str]] = {
     "layers": option("model.num-layers", 1, 3),
     "heads": [
-        ("--model.num-heads", "4", "--model.head-dim", "32"),
-        ("--model.num-heads", "4", "--model.head-dim", "24"),
-        ("--model.num-heads", "2", "--model.head-dim", "80"),
-        ("--model.num-heads", "4", "--model.head-dim", "48"),
+        "--model.num-heads 4 --model.head-dim 32",
+        "--model.num-heads 4 --model.head-dim 24",
+        "--model.num-heads 2 --model.head-dim 80",
+        "--model.num-heads 4 --model.head-dim 48",
     ],
     "mlp ratio": option("model.mlp-ratio", 1, 3, 4),
     "paired layers": option("model.paired-layers", "", "1", "0 1"),
@@ -65,10 +68,10 @@ SPACE: dict[str, list[tuple[str, ...]]] = {
     "n-grams": option("model.second-embed", "2 3 4", "1 2 3 4 5", "2 3 4 5 6 8", "3 4 5 6"),
     "rows for n-grams": option("model.second-embed-rows", 16384, 49152, 65536),
     "weight of n-grams": option("model.second-embed-lambda", 0.25, 1.0),
-    "a skip": [("--model.skips", "0", "1")],
+    "a skip": ["--model.skips 0 1"],
     "a backout": option("model.backout-layer", 0),
-    "no smear": [("--model.no-smear",)],
-    "no attention gates": [("--model.no-attention-gates",)],
+    "no smear": ["--model.no-smear"],
+    "no attention gates": ["--model.no-attention-gates"],
     "residual weight": option("model.resid-lambda", 1.0, 1.2),
     "tokens": of_stages("tokens", (1024, 2048, 3072), (1536, 2048, 2560), (3072,) * 3),
     "windows": of_stages("windows", ("64 192",) * 3, ("64 384",) * 3, ("64 512",) * 3, ("32 192", "32 256", "32 320")),
@@ -108,26 +111,24 @@ class Trial:
     loss: float
 
 
-Candidate = tuple[str, tuple[str, ...]]  # names and options
-TRACK: Candidate = ("track", ())
+Candidate = tuple[str, str]  # names and options, as in a Trial
+TRACK: Candidate = ("track", "")
 
 
 def draw(count: int, seed: int, fixed: tuple[str, ...] = ()) -> list[Candidate]:
     """The track, and `count` different candidates, fewer if there are no more: each has one to three changes to it."""
-    generator, found = random.Random(seed), {TRACK[0]: TRACK}
+    generator, found = random.Random(seed), {"": TRACK}
     for _ in range(1000 * count):
         if len(found) > count:
             break
         names = sorted(generator.sample(list(SPACE), min(generator.choice((1, 1, 2, 3)), len(SPACE))))
-        picks = [generator.choice(SPACE[name]) for name in names]
-        if any(set(pick) & set(fixed) & {w for w in pick if w.startswith("--")} for pick in picks):
-            continue  # what --extra fixes
-        words = tuple(word for pick in picks for word in pick)
-        found.setdefault(" ".join(words), (", ".join(names), words))
+        words = " ".join(generator.choice(SPACE[name]) for name in names)
+        if not any(word.startswith("--") and word in fixed for word in words.split()):  # which --extra fixes
+            found.setdefault(words, (", ".join(names), words))
     return list(found.values())
 
 
-def relative_cost(words: tuple[str, ...], extra: tuple[str, ...], pairs: int = 3) -> float:
+def relative_cost(words: str, extra: tuple[str, ...], pairs: int = 3) -> float:
     """Time of a step of a candidate over that of the track, mean over the stages, measured alternately.
 
     Raises SpeedrunError where the candidate is impossible.
@@ -135,45 +136,33 @@ def relative_cost(words: tuple[str, ...], extra: tuple[str, ...], pairs: int = 3
     sys.path.insert(0, str(REPO))
     import train_gpt
 
-    trainers, seconds = [], ([], [])
-    for more in ((), words):
+    trainers, seconds = [], np.zeros(2)
+    for more in ([], words.split()):
         track, options = train_gpt.parse_command(["nano", *COMMON, *extra, *more], quiet=True)
         trainers.append(train_gpt.Trainer(track, train_gpt.Runtime.create(options), DATA, 0))
+
+    def two_steps(trainer: train_gpt.Trainer, stage: int) -> float:
+        start, began = trainer.track.schedule.boundaries()[stage] // 2 * 2, time.perf_counter()
+        for step in range(start, start + 2):  # Adam steps on odd ones
+            trainer.train_step(step)
+        return time.perf_counter() - began
+
     for stage in range(STAGES):
         for trainer in trainers:
             trainer.loader.position = train_gpt.LoaderPosition()
-        taken = ([], [])
-        for pair in range(-1, pairs):  # the first is a warm-up
-            for trainer, times in zip(trainers, taken, strict=True):
-                start = trainer.track.schedule.boundaries()[stage] // 2 * 2
-                began = time.perf_counter()
-                for step in range(start, start + 2):  # Adam steps on odd ones
-                    trainer.train_step(step)
-                if pair >= 0:
-                    times.append(time.perf_counter() - began)
-        for all_stages, times in zip(seconds, taken, strict=True):
-            all_stages.append(statistics.median(times))
-    return sum(seconds[1]) / sum(seconds[0])
+        taken = [[two_steps(trainer, stage) for trainer in trainers] for _ in range(1 + pairs)]
+        seconds += np.median(taken[1:], axis=0)  # the first is a warm-up
+    return seconds[1] / seconds[0]
 
 
-def train(candidate: Candidate, steps: int, seed: int, threads: int | None, extra: tuple[str, ...]) -> Trial:
+def train(candidate: Candidate, steps: int, seed: int, jobs: int, extra: tuple[str, ...]) -> Trial:
     """Raises RuntimeError, with the end of what it printed, where the run fails."""
     name, words = candidate
     with tempfile.TemporaryDirectory() as folder:
         options = [*COMMON, "--schedule.scheduled-steps", str(steps), "--seed", str(seed), "--log-dir", folder]
-        launch([*options, *extra, *words], threads)
+        launch([*options, *extra, *words.split()], jobs)
         (log,) = Path(folder).glob("*.txt")
-        return Trial(name, " ".join(words), steps, seed, parse_log(log).final.val_loss)
-
-
-def read_trials(path: Path) -> list[Trial]:
-    if not path.exists():
-        return []
-    with open(path, newline="", encoding="utf-8") as file:
-        return [
-            Trial(row["change"], row["words"], int(row["steps"]), int(row["seed"]), float(row["loss"]))
-            for row in csv.DictReader(file)
-        ]
+        return Trial(name, words, steps, seed, parse_log(log).final.val_loss)
 
 
 def append(trial: Trial, path: Path) -> None:
@@ -197,7 +186,7 @@ def ranked(candidates: list[Candidate], trials: list[Trial], seeds: int) -> list
     runs = by_words(trials)
     means = {}
     for candidate in candidates:
-        losses = [t.loss for seed, t in runs.get(" ".join(candidate[1]), {}).items() if seed < seeds]
+        losses = [t.loss for seed, t in runs.get(candidate[1], {}).items() if seed < seeds]
         if len(losses) == seeds:
             means[candidate] = statistics.mean(losses)
     return sorted(means, key=means.get)
@@ -205,39 +194,33 @@ def ranked(candidates: list[Candidate], trials: list[Trial], seeds: int) -> list
 
 def search(options: argparse.Namespace, path: Path) -> None:
     """All rounds. A candidate that is impossible or fails is said and left out."""
-    from tqdm import tqdm
-
-    extra = tuple(options.extra)
-    threads = max((os.cpu_count() or 1) // options.jobs, 1) if options.jobs > 1 else None
-    trials, alive = read_trials(path), draw(options.candidates, options.seed, extra)
+    extra, lock = tuple(options.extra), Lock()
+    trials, alive = read_csv(path, Trial), draw(options.candidates, options.seed, extra)
     steps = {t.words: t.steps for t in trials}
-    for candidate in tqdm(alive, desc="step times", unit="candidate"):
-        words = " ".join(candidate[1])
-        if words in steps:
-            continue
+    for _, words in tqdm(alive, desc="step times", unit="candidate"):
         try:
-            cost = relative_cost(candidate[1], extra) if words else 1.0
-            steps[words] = round(options.steps / cost / 2) * 2
+            if words not in steps:
+                steps[words] = round(options.steps / (relative_cost(words, extra) if words else 1) / 2) * 2
         except Exception as error:
             tqdm.write(f"{words}: left out: {error}", file=sys.stderr)
-    alive = [candidate for candidate in alive if " ".join(candidate[1]) in steps]
+    alive = [candidate for candidate in alive if candidate[1] in steps]
+
+    def attempt(task: tuple[Candidate, int]) -> None:
+        candidate, seed = task
+        try:
+            trial = train(candidate, steps[candidate[1]], seed, options.jobs, extra)
+        except RuntimeError as error:
+            tqdm.write(str(error), file=sys.stderr)
+            return
+        with lock:
+            trials.append(trial)
+            append(trial, path)
+
     seeds = 1
     while True:
         done = by_words(trials)
-        todo = [(c, s) for s in range(seeds) for c in alive if s not in done.get(" ".join(c[1]), {})]
-        with ThreadPoolExecutor(options.jobs) as pool, tqdm(total=len(todo), desc=f"{seeds} seeds", unit="run") as bar:
-            runs = [pool.submit(train, c, steps[" ".join(c[1])], s, threads, extra) for c, s in todo]
-            try:
-                for future in as_completed(runs):
-                    try:
-                        trials.append(future.result())
-                        append(trials[-1], path)
-                    except RuntimeError as error:
-                        tqdm.write(str(error), file=sys.stderr)
-                    bar.update()
-            except KeyboardInterrupt:
-                pool.shutdown(cancel_futures=True)
-                raise
+        todo = [(c, s) for s in range(seeds) for c in alive if s not in done.get(c[1], {})]
+        thread_map(attempt, todo, max_workers=options.jobs, desc=f"{seeds} seeds", unit="run")
         if len(alive) <= THIRD:
             return
         best = ranked(alive, trials, seeds)
@@ -247,22 +230,17 @@ def search(options: argparse.Namespace, path: Path) -> None:
 
 def table(trials: list[Trial]) -> str:
     """Markdown: a row per candidate, those with most seeds first, then by loss; the change is paired by seed."""
-    from scipy import stats
-
     runs = by_words(trials)
     base, rows = runs.get("", {}), []
     for words, of_seed in runs.items():
-        seeds = sorted(of_seed.keys() & base.keys())
-        if not seeds:
+        if not of_seed.keys() & base.keys():
             continue
-        change = [of_seed[s].loss - base[s].loss for s in seeds]
-        p = f"{stats.ttest_1samp(change, 0).pvalue:.2g}" if words and len(seeds) > 1 else ""
-        mean = statistics.mean(of_seed[s].loss for s in seeds)
+        seeds, loss, change, p = paired(of_seed, base)
         first = of_seed[seeds[0]]
-        cells = (first.change, f"`{words}`" if words else "", first.steps, len(seeds), f"{mean:.4f}")
-        rows.append((-len(seeds), mean, (*cells, f"{statistics.mean(change):+.4f}" if words else "", p)))
-    lines = ["| change | options | steps | n | loss | change | p |", "| --- | --- | --- | --- | --- | --- | --- |"]
-    return "\n".join(lines + ["| " + " | ".join(map(str, cells)) + " |" for *_, cells in sorted(rows)])
+        cells = (first.change, f"`{words}`" if words else "", first.steps, len(seeds), f"{loss:.4f}")
+        rows.append((-len(seeds), loss, (*cells, f"{change:+.4f}" if words else "", p)))
+    head = ("change", "options", "steps", "n", "loss", "change", "p")
+    return markdown(head, [cells for *_, cells in sorted(rows)])
 
 
 def main() -> None:
@@ -281,7 +259,7 @@ def main() -> None:
             options.out.mkdir(parents=True, exist_ok=True)
             subprocess.run([sys.executable, str(REPO / "data" / "nano.py"), "--tuning"], check=True)
             search(options, path)
-        print(table(read_trials(path)))
+        print(table(read_csv(path, Trial)))
     except KeyboardInterrupt:
         sys.exit("interrupted: complete runs are kept; call it again to go on")
     except (subprocess.CalledProcessError, OSError) as error:

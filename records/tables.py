@@ -19,6 +19,7 @@ from pathlib import Path
 from scipy import stats
 
 import ablate
+from ablate import markdown
 from runlogs import Log, LogError, parse_log
 
 RECORDS = Path(__file__).resolve().parent
@@ -26,12 +27,6 @@ FILES = (RECORDS.parent / "README.md", RECORDS / "README.md")
 TABLE = re.compile(r"(<!-- table: (?P<name>[\w ]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 FOLDER = re.compile(r"\d{4}-\d{2}-\d{2}_\w+")
 AGAINST = re.compile(r"--against records/\w+/([\w-]+)")
-HARDWARE = re.compile(r"^(?:CPU: (?P<cpu>.+?, \d+ threads)|.*?(?P<gpu>NVIDIA [\w -]*?\d\w+))", re.MULTILINE)
-
-
-def markdown(head: tuple[str, ...], rows: list[tuple]) -> str:
-    lines = [head, ("---",) * len(head), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
 def leaderboard(folder: Path = RECORDS) -> str:
@@ -62,13 +57,13 @@ def row_of(logs: list[Log]) -> tuple[str, ...]:
     losses, seconds = [log.final.val_loss for log in logs], [log.final.seconds for log in logs]
     target = logs[-1].target  # the last, because runs from which a target is taken begin under the one before
     p = stats.ttest_1samp(losses, target, alternative="less").pvalue
-    found = HARDWARE.search(logs[0].environment)
+    hardware = logs[0].hardware
     return (
         str(len(logs)),
         f"{statistics.mean(losses):.4f} ± {statistics.stdev(losses):.4f}",
         f"{p:.2g}",
         f"{statistics.mean(seconds):.1f} ({statistics.median(seconds):.1f})",
-        (found["cpu"] or found["gpu"]) if found else "",
+        hardware.get("GPU") or hardware.get("CPU", "").rpartition(", ")[0],  # without its vector instructions
     )
 
 

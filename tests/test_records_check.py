@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+from conftest import run_process, tiny_options
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy import stats
@@ -33,10 +35,13 @@ SOURCE = REAL_SOURCE.replace(
     f'name="nano",\n    target_loss={NANO.target_loss},', 'name="nano",\n    target_loss=1.22,'
 )
 TRACKS = SOURCE[SOURCE.index("SMALL = Track(") : SOURCE.index("# Hot operations")]
+BAR = f"# {'-' * 118}"
 EXCERPT = "\n".join(  # the parts that rules are about: judged four times as fast as the whole
     (
         TRACKS,
+        BAR,
         SOURCE[SOURCE.index("# Data: ") : SOURCE.index("LOSS_EVERY = ")],
+        f"{BAR}\n# Run\n{BAR}",
         SOURCE[SOURCE.index("class Trainer:") : SOURCE.index("def train(track: Track")],
     )
 )
@@ -88,7 +93,7 @@ def make_log(
         "data.val_tokens": 524288,
         "schedule.scheduled_steps": 10,
         "schedule.extension_steps": 2,
-        "coordinate_descent_tuning": False,
+        "inductor": "{}",
         "seed": seed,
     }
     values |= {key.replace("__", "."): value for key, value in changes.items()}
@@ -149,10 +154,10 @@ def test_p_without_variance_or_enough_values():
     assert check.p_below([1.08] * 3, 1.22) == 0.0
     assert check.p_below([1.22] * 3, 1.22) == check.p_below([1.3] * 3, 1.22) == 1.0
     assert check.p_below([1.08], 1.22) is None
-    assert check.welch([1.0, 1.0], [2.0, 2.0], "less") == (0.0, [-1.0, -1.0])
+    assert check.welch([1.0, 1.0], [2.0, 2.0], "less") == (0.0, None)
     assert check.welch([2.0, 2.0], [1.0, 1.0], "less")[0] == 1.0
     assert check.welch([1.0, 1.0], [1.0, 1.0], "two-sided") == (1.0, [0.0, 0.0])
-    assert check.welch([1.0, 1.0], [2.0, 2.0], "two-sided")[0] == 0.0
+    assert check.welch([1.0, 1.0], [2.0, 2.0], "two-sided") == (0.0, [-1.0, -1.0])
     assert check.welch([1.0], [2.0, 2.0], "less") == (None, None)
 
 
@@ -202,11 +207,6 @@ def test_statistics_that_fail(tmp_path, capsys, losses, reason):
     assert code == 1 and "\nfail: " in out and reason in out and not err
 
 
-def test_equal_losses_pass(tmp_path, capsys):
-    result = run_json(capsys, *make_set(tmp_path, (1.1, 1.1, 1.1)))
-    assert result["passed"] and result["p"] == 0
-
-
 # --against
 
 
@@ -244,8 +244,8 @@ def test_hardware_reads_nvidia_smi():
         Log(Path(name), None, "\n".join(row.format(i, name) for i in range(n)), {"Device": f"cuda x {n}, x"}, [])
         for name, n in (("H100 80GB HBM3", 2), ("H100 80GB HBM3", 2), ("H200", 2), ("H100 80GB HBM3", 1))
     ]
-    assert check.describe_hardware(logs[0])["GPU"] == "NVIDIA H100 80GB HBM3, NVIDIA H100 80GB HBM3"
-    assert [log for log, _ in check.hardware(logs)] == [logs[2], logs[3], logs[3]]
+    assert logs[0].hardware["GPU"] == "2 x NVIDIA H100 80GB HBM3"
+    assert [log for _, log, _ in check.hardware(logs)] == [logs[2], logs[3], logs[3]]
 
 
 def test_against_broken_logs_are_refused(tmp_path, capsys):
@@ -297,11 +297,9 @@ def replace_lines(*pairs: tuple[str, str]):
         (lambda lines: lines[:-1], "no final validation at step 12: there is none"),
         (replace_lines(("step:12/12 val_loss", "step:11/12 val_loss")), "the last one is of step 11"),
         (replace_lines(("step:3/12", "step:3/13")), "one total of steps: 12, 13"),
-        (replace_lines(("step:3/12", "step:3")), "one total of steps"),
         (lambda lines: lines[:4] + lines[5:], "no line of step 5"),
         (lambda lines: [lines[1], lines[0], *lines[2:]], "step 1 after step 2"),
         (replace_lines(("val_loss:1.0800", "val_loss:nan")), "validation loss is nan"),
-        (replace_lines(("val_loss:1.0800", "val_loss:-inf")), "validation loss is -inf"),
         (lambda lines: [*lines, "incomplete run: stopped after 12 of 20 steps by --max-steps"], "incomplete run"),
         (lambda lines: ["resumed with --force from another source", *lines], "--force"),
         (lambda lines: [line.replace("/12", "/13") for line in lines], "no final validation at step 13"),
@@ -335,24 +333,17 @@ def test_complete_of_header_and_end(tmp_path):
     ("forge", "reason"),
     [
         (replace_lines(("train_time:2500ms ", "train_time:2400ms ")), "its average over 3 steps gives 2.500 s"),
-        (replace_lines(("train_time:10000ms", "train_time:5000ms")), "its average over 12 steps gives"),
         (lambda lines: [lines[4], *lines], "the clock falls"),
         (replace_lines(("train_time:2500ms step_avg", "step_avg")), "no training time"),
-        (replace_lines(("train_time:2500ms", "train_time:nanms")), "no training time"),
-        (replace_lines(("train_time:10000ms step_avg:833.33ms", "train_time:9000ms step_avg:750.00ms")), "clock falls"),
         (replace_lines(("train_time:2500ms step_avg:833.33ms", "train_time:2500ms")), "no average"),
         (lambda lines: [line.split(" step_avg")[0] for line in lines], "no average"),
         (lambda lines: [*lines[:-1], lines[-1].replace("step_avg:833.33ms", "step_avg:nanms")], "NaN at step 12"),
         (replace_lines(("step_avg:833.33ms", "step_avg:nanms")), "average over"),  # the other averages count all steps
-        (replace_lines(("step_avg:833.33ms", "step_avg:infms")), "average over"),
     ],
 )
 def test_clock_is_broken(tmp_path, forge, reason):
     assert list(check.clock(log_of(tmp_path))) == []
-    lines = event_lines(1.08, 10.0)
-    if "clock falls" in reason:  # else the forged line would be the last one
-        lines += lines[-1:] if lines[0] not in forge(lines) else []
-    forged = log_of(tmp_path, lines=forge(lines))
+    forged = log_of(tmp_path, lines=forge(event_lines(1.08, 10.0)))
     assert any(reason in found for found in check.clock(forged)), list(check.clock(forged))
 
 
@@ -380,9 +371,7 @@ def test_clock_of_old_public_logs(tmp_path):
     [
         ("", "", {"data__val_tokens": 1024}, "data.val_tokens is 1024, officially 524288"),
         ("", "", {"data__val_tokens": None}, "data.val_tokens is None"),
-        ("", "", {"data__bos": 0}, "data.bos is 0"),
         ("", "", {"target_loss": 1.5}, "target_loss is 1.5, officially 1.22"),
-        ("", "", {"target_loss": "low"}, "target_loss is low"),
         ("val_tokens=524_288", "val_tokens=1024", {}, "val_tokens is not 524288"),
         ("val_tokens=524_288", "val_tokens=int('1024')", {}, "val_tokens is not 524288"),
         ("val_tokens=524_288,", "", {}, "does not spell out val_tokens"),
@@ -393,10 +382,10 @@ def test_clock_of_old_public_logs(tmp_path):
 def test_validation_is_broken(tmp_path, old, new, changes, reason):
     assert TRACKS.count(old) == 1 or not old
     log = log_of(tmp_path, source=TRACKS.replace(old, new) if old else TRACKS, **changes)
-    found = list(check.validation(log, ast.parse(log.source), NANO_NOW))
+    found = [*NANO_NOW.unofficial(log), *NANO_NOW.unofficial_in(ast.parse(log.source))]
     assert any(reason in text for text in found), found
     honest = log_of(tmp_path, source=TRACKS)
-    assert list(check.validation(honest, ast.parse(TRACKS), NANO_NOW)) == []
+    assert [*NANO_NOW.unofficial(honest), *NANO_NOW.unofficial_in(ast.parse(TRACKS))] == []
 
 
 @pytest.mark.parametrize(("name", "target"), [("small", 3.28), ("medium", 2.92), ("xl", 2.77)])
@@ -405,9 +394,9 @@ def test_validation_of_tracks_that_share_their_data(tmp_path, name, target):
     competition = replace(SMALL, name=name, track=name, target_loss=target)
     settings = {"name": name, "target_loss": target, "data__bos": 50256, "data__val_tokens": 10485760}
     log = log_of(tmp_path, source=TRACKS, **settings)
-    assert list(check.validation(log, ast.parse(TRACKS), competition)) == []
+    assert [*competition.unofficial(log), *competition.unofficial_in(ast.parse(TRACKS))] == []
     forged = TRACKS.replace("val_tokens=10_485_760", "val_tokens=1024")
-    assert any("val_tokens is not 10485760" in r for r in check.validation(log, ast.parse(forged), competition))
+    assert any("val_tokens is not 10485760" in r for r in competition.unofficial_in(ast.parse(forged)))
 
 
 def test_duplicates(tmp_path, capsys):
@@ -440,158 +429,107 @@ def test_source_that_is_not_python(tmp_path, capsys):
     paths = make_set(tmp_path, source="int main() { return 0; }")
     result = run_json(capsys, *paths)
     assert rules(result) == {"source"} and "not Python" in result["broken"][0]["reason"]
-    deep = f"{EXCERPT}\nx = a{'.b' * 1500}"  # parses, but is too deep for functions that follow it
+    deep = f"{EXCERPT}\na{'.b' * 1500} = 1"  # parses, but is too deep for functions that follow it
     result = run_json(capsys, *make_set(tmp_path, source=deep))
-    assert rules(result) & {"options", "source"} and not result["passed"]
+    assert rules(result) & {"data", "source"} and not result["passed"]
 
 
 # Rule: options
 
-FORBIDDEN = [
-    "import torch._inductor",
-    "import torch._inductor.config as c",
-    "import torch._inductor.config",
-    "from torch import _inductor",
-    "from torch import _inductor as i",
-    "from torch._inductor import config",
-    "from torch._inductor.config import triton",
-    "def f():\n    import torch._inductor.utils",
-    "torch._inductor.config.max_autotune = True",
-    "x = torch._inductor.config",
-    "t = torch\nt._inductor.config.epilogue_fusion = False",
-    "getattr(torch, '_inductor').config.x = 1",
-    "setattr(getattr(torch, '_' 'inductor').config, 'x', 1)",
-    "setattr(torch._inductor.config, 'max_autotune', True)",
-    "importlib.import_module('torch._inductor.config').x = 1",
-    "import_module('torch._inductor')",
-    "import_module('._inductor', 'torch')",
-    "import_module(name)",
-    "__import__('torch._inductor.config')",
-    "sys.modules['torch._inductor.config'].x = 1",
-    "vars(torch)['_inductor']",
-    "exec('import torch._inductor; torch._inductor.config.x = 1')",
-    "eval(text)",
-    "operator.attrgetter('_inductor.config')(torch)",
-    "os.environ['TORCHINDUCTOR_MAX_AUTOTUNE'] = '1'",
-    "os.environ.setdefault('TORCHINDUCTOR_MAX_AUTOTUNE', '1')",
-    "os.environ.update(TORCHINDUCTOR_MAX_AUTOTUNE='1')",
-    "os.environ.update({'TORCHINDUCTOR_MAX_AUTOTUNE': '1'})",
-    "os.environ |= {'TORCHINDUCTOR_MAX_AUTOTUNE': '1'}",
-    "os.environ['TORCHINDUCTOR_' + name] = '1'",
-    "os.environ[f'TORCHINDUCTOR_{name}'] = '1'",
-    "os.putenv('TORCHINDUCTOR_MAX_AUTOTUNE', '1')",
-    "torch.compile(f, mode='max-autotune')",
-    "torch.compile(f, options={'x': 1})",
-    "torch.compile(f, backend='eager')",
-    "torch.compile(f, dynamic=False, **kwargs)",
-    "@torch.compile(mode='reduce-overhead')\ndef f(): pass",
-    "functools.partial(torch.compile, mode='max-autotune')(f)",
-    "from functools import partial as p\n@p(torch.compile, options=o)\ndef f(): pass",
-    "c = functools.partial(torch.compile, dynamic=False)\nc(f, mode='max-autotune')",
-    "compile_ = torch.compile\ncompile_(f, mode='max-autotune')",
-    "a = b = torch.compile\nd = b\nd(f, mode='max-autotune')",
-    "self.c = torch.compile\nself.c(f, mode='max-autotune')",
-    "(c := torch.compile)(f, mode='max-autotune')",
-    "from torch import compile\ncompile(f, mode='max-autotune')",
-    "from torch import compile as c\nc(f, mode='max-autotune')",
-    "from torch import *\ncompile(f, mode='max-autotune')",
-    "import torch as t\nt.compile(f, mode='max-autotune')",
-    "getattr(torch, 'compile')(f, mode='max-autotune')",
-    "importlib.import_module('torch').compile(f, mode='max-autotune')",
-    "model.compile(mode='max-autotune')",
-    "compilers = [torch.compile]",
-    "a, b = torch.compile, 1",
-    "wrap(f, torch.compile)",
-    "def f(c=torch.compile): pass",
-    "c = torch.compile if on else g",
-]
-ALLOWED = [
-    "# torch._inductor.config.max_autotune = True",
-    '"""Never touches torch._inductor, nor TORCHINDUCTOR_MAX_AUTOTUNE."""',
-    "def f():\n    'torch._inductor'",
-    "print('TORCHINDUCTOR_MAX_AUTOTUNE is not set, torch._inductor is not touched')",
-    "raise ValueError('torch._inductor')",
-    "message = 'no torch._inductor here'",
-    "note.update(text='we do not set torch._inductor options')",
-    "torch._dynamo.config.recompile_limit = 64",
-    "import torch._dynamo",
-    "torch.compile(f, dynamic=False, fullgraph=True)",
-    "@torch.compile\ndef f(): pass",
-    "@torch.compile(fullgraph=True)\ndef f(): pass",
-    "c = functools.partial(torch.compile, dynamic=False, fullgraph=True)\nx, y = c(f), c(g)",
-    "compile_ = torch.compile\ncompile_(f, fullgraph=True)",
-    "from torch import compile\nf = compile(f)",
-    "@functools.partial(torch.compile, dynamic=False)\ndef f(): pass",
-    "lambda f: torch.compile(f)",
-    "re.compile('x', flags=re.M)",
-    "compile('1', 'x', mode='eval')",
-    "model.eval()",
-    "class A:\n    compile: bool = False",
-    "inductor_steps = 1",
-    "getattr(torch, name)",
-    "os.environ['OMP_NUM_THREADS'] = '1'",
-]
+SETS = """
+    config = torch._inductor.config
+    config.max_autotune, config.triton.cudagraphs, config.coordinate_descent_tuning = True, False, True
+    compiled = functools.partial(torch.compile, dynamic=False, fullgraph=True)
+    compiled(abs), compiled(abs, mode="max-autotune-no-cudagraphs"), torch.compile(abs, backend="eager")
+    os.environ["TORCHINDUCTOR_MAX_AUTOTUNE_POINTWISE"] = "1"
+"""
 
 
-@pytest.mark.parametrize("source", FORBIDDEN)
-def test_forbidden_options(tmp_path, source):
-    for track in ("nano", "medium"):
-        found = list(check.options(log_of(tmp_path), ast.parse(source), track))
-        assert found and all(text.startswith("line ") for text in found)
-
-
-@pytest.mark.parametrize("source", ALLOWED)
-def test_harmless_options(tmp_path, source):
-    assert list(check.options(log_of(tmp_path), ast.parse(source), "nano")) == []
-
-
-TUNING = "torch._inductor.config.coordinate_descent_tuning = "
+def test_a_run_says_what_it_set_of_inductor(tiny_data, tmp_path):
+    """Catches: an option that a run sets under any name, in inductor or in torch.compile, and that the judge misses."""
+    begin = "    trainer = Trainer(track, runtime, data_dir, options.seed)\n"
+    assert REAL_SOURCE.count(begin) == 1
+    forged = "import torch._inductor.config" + SETS
+    (tmp_path / "train_gpt.py").write_text(REAL_SOURCE.replace(begin, f"    {forged}{begin}"))
+    words = [*tiny_options(), "--data-dir", tiny_data, "--log-dir", tmp_path, "--device", "cpu", "--max-steps", 1]
+    done = run_process([sys.executable, tmp_path / "train_gpt.py", "nano", *words, "--no-warmup"])
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.glob("*.txt")
+    found = [*check.options(parse_log(path), "nano")]
+    assert sorted(reason.removeprefix("settings: inductor has ") for reason in found) == [
+        "TORCHINDUCTOR_MAX_AUTOTUNE_POINTWISE = 1",
+        "coordinate_descent_tuning = True",
+        "max_autotune = True",
+        "torch.compile: backend = eager",
+        "torch.compile: coordinate_descent_tuning = True",
+        "torch.compile: max_autotune = True",
+    ]
+    assert len([*check.options(parse_log(path), "medium")]) == 5
 
 
 @pytest.mark.parametrize(
-    ("source", "setting", "nano", "medium"),
+    ("said", "nano", "medium"),
     [
-        (TUNING + "True", None, False, True),
-        (TUNING + "True", "False", False, True),
-        (TUNING + "1", "False", False, True),
-        (TUNING + "track.tuning", None, False, True),
-        (TUNING + "track.tuning", "True", False, True),
-        (TUNING + "track.tuning", "False", True, True),
-        (TUNING + "False", "False", True, True),
-        ("import torch._inductor.config\n" + TUNING + "track.tuning", "False", True, True),
-        ("import torch._inductor.config as c\nc.coordinate_descent_tuning = track.tuning", "False", True, True),
-        ("from torch._inductor import config\nconfig.coordinate_descent_tuning = track.tuning", "False", True, True),
-        (
-            "import torch._inductor.config as c\nc.coordinate_descent_tuning = x\nc.max_autotune = x",
-            "False",
-            False,
-            False,
-        ),
-        ("c = torch._inductor.config\nc.coordinate_descent_tuning = x", "False", False, False),
-        (TUNING + "x\ntorch._inductor.config.max_autotune = True", "False", False, False),
-        (TUNING + "x\ntorch._inductor.config.coordinate_descent_tuning |= 1", "False", False, False),
-        ("import torch._inductor.config", "False", False, False),
-        (TUNING.replace("tuning", "check_all_directions") + "x", "False", False, False),
+        ("{}", True, True),
+        ('{"coordinate_descent_tuning": true}', False, True),
+        ('{"torch.compile: coordinate_descent_tuning": true}', False, False),
+        ('{"epilogue_fusion": NaN}', False, False),
+        ("", False, False),
+        ("[1]", False, False),
     ],
 )
-def test_coordinate_descent_tuning(tmp_path, source, setting, nano, medium):
-    log = log_of(tmp_path, coordinate_descent_tuning=setting)
-    assert [not list(check.options(log, ast.parse(source), t)) for t in ("nano", "medium")] == [nano, medium]
+def test_what_a_run_says_counts_and_not_its_source(tmp_path, capsys, said, nano, medium):
+    """Catches: `medium` without its tuning, or another track with it; a line that is no JSON taken for "nothing"."""
+    log = log_of(tmp_path, inductor=said, source="import torch._inductor")
+    assert [not [*check.options(log, track)] for track in ("nano", "medium")] == [nano, medium]
+    result = run_json(capsys, *make_set(tmp_path / "set", inductor=said))
+    assert rules(result) == (set() if nano else {"options"}) and result["passed"] == nano
 
 
-def test_options_in_the_real_source_are_found(tmp_path, capsys):
-    """The file as it is passes; with one option more, the whole set fails under that rule alone."""
-    old = "functools.partial(torch.compile, dynamic=False, fullgraph=True)"
-    assert old in SOURCE
-    forged = make_set(tmp_path, source=SOURCE.replace(old, old.replace("fullgraph=True", "mode='max-autotune'")))
-    assert rules(run_json(capsys, *forged)) == {"options"}
+TUNES = "from torch._inductor import config as inductor\ninductor.coordinate_descent_tuning = track."
+
+
+@pytest.mark.parametrize(
+    ("source", "lines"),
+    [
+        ("torch._inductor.config.max_autotune = True", [1]),
+        ("import torch._inductor.config as c\nc.max_autotune = True", [1]),
+        (TUNES + "coordinate_descent_tuning\ninductor.max_autotune = True", [3]),
+        (TUNES + "tuned", [2]),
+        ("\nos.environ['TORCHINDUCTOR_MAX_AUTOTUNE'] = '1'", [2]),
+        ("f = torch.compile(f, mode='max-autotune')", [1]),
+        ("@torch.compile(options={'x': 1})\ndef f(): pass\n\nmodel.compile(backend='eager')", [1, 4]),
+        ("f = functools.partial(torch.compile, dynamic=False, mode='max-autotune')(f)", [1]),
+        ("f = torch.compile(\n    make(f),\n    mode='max-autotune',\n)", [1]),
+        (TUNES + "coordinate_descent_tuning", []),
+        ("f = torch.compile(f, dynamic=False, fullgraph=True)\nrun(f, mode='fast')", []),
+        ("torch._dynamo.config.recompile_limit = 64\nre.compile('x', options='y')", []),
+    ],
+)
+def test_without_that_line_the_source_is_searched_as_text(tmp_path, source, lines):
+    """Catches: logs of other programs, or ours of before, whose options nobody looks at; their own tuning forbidden."""
+    found = [*check.options(log_of(tmp_path, source=source, inductor=None, coordinate_descent_tuning=False), "nano")]
+    assert [int(re.match(r"line (\d+) of its source, found by a search of its text: ", f)[1]) for f in found] == lines
+
+
+def test_tuning_in_a_text_is_free_on_medium_or_where_it_is_off(tmp_path):
+    ours, theirs = TUNES + "coordinate_descent_tuning", "torch._inductor.config.coordinate_descent_tuning = True"
+    for source, setting, track, offences in (
+        (ours, True, "nano", 2),
+        (ours, None, "nano", 2),
+        (ours, True, "medium", 0),
+        (theirs, True, "nano", 1),
+        (theirs, None, "medium", 0),
+    ):
+        log = log_of(tmp_path, source=source, inductor=None, coordinate_descent_tuning=setting)
+        assert len([*check.options(log, track)]) == offences, (source, setting, track)
 
 
 # Rule: data
 
 
 def data_reasons(source: str) -> list[str]:
-    return list(check.data(ast.parse(source), Accepted.read().data_code))
+    return list(accepted.unaccepted(ast.parse(source), Accepted.read().data_code))
 
 
 def test_data_of_the_real_source():
@@ -614,11 +552,8 @@ def test_data_may_move_and_change_its_comments():
     [
         ("n = data.val_row_tokens", "n = data.val_row_tokens // 2", "validation_rows (line"),
         ("need = [], 0, track.data.val_tokens + 1", "need = [], 0, 1000", "validation_tokens (line"),
-        ("20240520, 1, 256", "20240520, 1, 512", "HEADER_INTS (line"),
-        ("CHUNK = 1 << 20", "CHUNK = 1 << 21", "Shard (line"),
         (".item() / self.track.data.val_tokens", ".item() / 2**20", "Trainer.validate (line"),
         ("    def validate(", "    def evaluate(", "Trainer.validate is defined 0 times"),
-        ("def find_shards(", "def find(", "find_shards is defined 0 times"),
         ("class Trainer:", "class Coach:", "Trainer is defined 0 times"),
         ("    @torch.no_grad()\n    def validate(", "    def validate(", "Trainer.validate (line"),
         ("    def warm_up(", "    validate = cheat\n\n    def warm_up(", "Trainer.validate is defined 2 times"),
@@ -634,15 +569,9 @@ def test_data_is_changed(old, new, reason):
     ("extra", "reason"),
     [
         ("def make_row(*a): return 0", "make_row is defined 2 times"),
-        ("class Loader: pass", "Loader is defined 2 times"),
-        ("validation_rows = lambda *a: []", "validation_rows is defined 2 times"),
-        ("HEADER_INTS: int = 1", "HEADER_INTS is defined 2 times"),
         ("HEADER_INTS += 1", "HEADER_INTS is defined 2 times"),
         ("from mine import make_row", "make_row is defined 2 times"),
-        ("import mine as make_row", "make_row is defined 2 times"),
         ("if True:\n    def make_row(): pass", "make_row is defined 2 times"),
-        ("for make_row in []: pass", "make_row is defined 2 times"),
-        ("try:\n    pass\nexcept Exception:\n    make_row = 1", "make_row is defined 2 times"),
         ("class Trainer(Trainer):\n    def validate(self, *a): return 1.0", "Trainer is defined 2 times"),
         ("def f():\n    global make_row\n    make_row = None", "global make_row"),
         ("Trainer.validate = lambda *a: 1.0", "Trainer.validate is assigned"),
@@ -671,9 +600,9 @@ def test_accept(tmp_path, capsys, monkeypatch):
     """Catches: old logs that fail after a change of the data code was accepted, new ones that pass before."""
     monkeypatch.setattr(accepted, "REPO", tmp_path)
     monkeypatch.setattr(accepted, "ACCEPTED", shutil.copy(accepted.ACCEPTED, tmp_path / "accepted.json"))
-    changed = SOURCE.replace("n = data.val_row_tokens", "n = 2 * data.val_row_tokens")
+    changed = EXCERPT.replace("n = data.val_row_tokens", "n = 2 * data.val_row_tokens")
     (tmp_path / "train_gpt.py").write_text(changed)
-    old, new = make_set(tmp_path / "old", source=SOURCE), make_set(tmp_path / "new", source=changed)
+    old, new = make_set(tmp_path / "old", source=EXCERPT), make_set(tmp_path / "new", source=changed)
     result = run_json(capsys, *new)
     assert rules(result) == {"data"}
     assert result["broken"][0]["reason"].endswith("differs from the form accepted on 2026-02-03: that of this moment")
@@ -743,12 +672,9 @@ def test_published_records_keep_their_rules(folder, capsys, monkeypatch):
         ("x = f'{a!r:>{n}}b'", 'x = f"{a!r:>{n}}" "b"', True),
         ("x = f'{a}'", "x = f'{a:{b}}'", False),
         ("x = 1", "x = 1.0", False),
-        ("x = 1", "x = True", False),
         ("x = 'None'", "x = None", False),
         ("x = {**a}", "x = {None: a}", False),
         ("def f(*, a=None, b): pass", "def f(*, a, b=None): pass", False),
-        ("def f(a): pass", "async def f(a): pass", False),
-        ("x = ()", "x = []", False),
         ("def f():\n    return", "def f():\n    return None", False),
     ],
 )
@@ -796,9 +722,7 @@ TRAIN, VAL = "nano_train_000001.bin", "nano_val_000000.bin"
     ("data", "reason"),
     [
         (PINS | {TRAIN: "e" * 64}, f"{TRAIN} has SHA-256 {'e' * 64}, officially {'b' * 64}"),
-        (PINS | {VAL: "e" * 64}, f"{VAL} has SHA-256 {'e' * 64}, officially {'a' * 64}"),
         (PINS | {"nano_train_000002.bin": "b" * 64}, "read nano_train_000002.bin: not of the official data"),
-        ({"tuning_val_000000.bin": "a" * 64, **PINS}, "read tuning_val_000000.bin: not of the official data"),
         ({TRAIN: PINS[TRAIN]}, f"its val shards are none, expected {VAL}"),
         ({VAL: PINS[VAL]}, f"its train shards are none, expected {TRAIN}"),
         (PINS | {TRAIN: "b" * 60}, f"found 'data: {TRAIN} 100 tokens sha256 bbb"),
@@ -838,7 +762,7 @@ def test_shards_of_fineweb_are_those_of_the_sidecar(tmp_path, monkeypatch):
     def judged(*read: str, **other: str) -> tuple[list[str], str]:
         log = log_of(tmp_path, data={name: sha256[name] for name in read} | other, **settings)
         reasons = list(check.shards(log, SMALL.official_shards()))
-        broken = [check.Broken("", "data", reason) for reason in reasons]
+        broken = [{"rule": "data", "reason": reason} for reason in reasons]
         return reasons, check.data_state([log], SMALL, broken).partition(":")[0]
 
     assert judged(val, *train) == ([], "unverified")  # nothing was downloaded here
@@ -962,7 +886,7 @@ def test_truncated_logs(tmp_path, capsys):
     text = whole[0].read_text()
     begin = text.rindex(LINE)
     outcomes = set()
-    for end in [*range(0, begin, 97), *range(begin, len(text) - 1)]:
+    for end in [*range(0, begin, 97), *range(begin, len(text) - 1, 3)]:
         (tmp_path / "cut").write_text(text[:end])
         try:
             log = parse_log(tmp_path / "cut")
@@ -1026,7 +950,7 @@ def test_mutated_logs_never_crash(tmp_path, data):
     except LogError:
         return
     if log.events:
-        json.dumps([broken.reason for broken in judge_all(log, whole)])
+        json.dumps(judge_all(log, whole))
 
 
 def test_files_of_a_folder_that_are_no_logs_are_passed_over(tmp_path, capsys):

@@ -7,7 +7,7 @@ from conftest import tiny_options
 
 import search
 import train_gpt
-from search import SPACE, TRACK, Trial, draw, ranked, read_trials, table
+from search import SPACE, TRACK, Trial, draw, ranked, read_csv, table
 
 
 @pytest.mark.parametrize("index", range(max(map(len, SPACE.values()))))
@@ -16,7 +16,7 @@ def test_every_alternative_is_another_track(index):
 
     The alternatives of this index are tried all at once, because parsing takes long; no two names share an option.
     """
-    tried = {name: words[index] for name, words in SPACE.items() if index < len(words)}
+    tried = {name: words[index].split() for name, words in SPACE.items() if index < len(words)}
     track, _ = train_gpt.parse_command(["nano", *(word for words in tried.values() for word in words)])
     before = train_gpt.flatten(train_gpt.NANO)
     changed = [key for key, value in train_gpt.flatten(track).items() if value != before.get(key)]
@@ -32,12 +32,12 @@ def test_candidates_are_different_and_the_same_each_time():
     assert found == draw(30, seed=1) != draw(30, seed=2)
     assert found[0] == TRACK and len({words for _, words in found}) == len(found) == 31
     fixed = draw(30, seed=1, fixed=("--optimizer.muon-lr", "0.03"))
-    assert not any("--optimizer.muon-lr" in words for _, words in fixed)
+    assert not any("--optimizer.muon-lr" in words.split() for _, words in fixed)
 
 
 def test_a_space_that_is_too_small_ends(monkeypatch):
-    monkeypatch.setattr(search, "SPACE", {"smear": [("--model.no-smear",)]})
-    assert [words for _, words in draw(5, seed=0)] == [(), ("--model.no-smear",)]
+    monkeypatch.setattr(search, "SPACE", {"smear": ["--model.no-smear"]})
+    assert [words for _, words in draw(5, seed=0)] == ["", "--model.no-smear"]
 
 
 def options_of(tmp_path, **changes) -> argparse.Namespace:
@@ -55,17 +55,17 @@ def test_rounds_drop_two_thirds_and_triple_the_seeds(tmp_path, monkeypatch):
     broken, slow = candidates[3][1], candidates[5][1]
     runs = []
 
-    def train(candidate, steps, seed, threads, extra):
+    def train(candidate, steps, seed, jobs, extra):
         if candidate[1] == broken:
             raise RuntimeError("exit code 1")
         runs.append((candidate[1], steps, seed))
-        return Trial(candidate[0], " ".join(candidate[1]), steps, seed, quality[candidate[1]] + 0.001 * seed)
+        return Trial(*candidate, steps, seed, quality[candidate[1]] + 0.001 * seed)
 
     monkeypatch.setattr(search, "train", train)
     monkeypatch.setattr(search, "relative_cost", lambda words, extra: 2.0 if words == slow else 1.0)
     search.search(options_of(tmp_path), tmp_path / "search.csv")
     counts = {words: sum(run[0] == words for run in runs) for words in quality}
-    assert counts[candidates[9][1]] == 9 and counts[()] == 9 and counts[broken] == 0
+    assert counts[candidates[9][1]] == 9 and counts[""] == 9 and counts[broken] == 0
     assert sorted(counts.values()) == [0, 1, 1, 1, 1, 1, 3, 3, 9, 9]
     assert {steps for words, steps, _ in runs if words == slow} == {150}
     assert {steps for words, steps, _ in runs if words not in (slow,)} == {300}
@@ -73,8 +73,8 @@ def test_rounds_drop_two_thirds_and_triple_the_seeds(tmp_path, monkeypatch):
     before = len(runs)
     search.search(options_of(tmp_path), tmp_path / "search.csv")
     assert len(runs) == before
-    trials = read_trials(tmp_path / "search.csv")
-    assert len(trials) == before and {t.words for t in trials} == {" ".join(w) for w in quality if w != broken}
+    trials = read_csv(tmp_path / "search.csv", Trial)
+    assert len(trials) == before and {t.words for t in trials} == {words for words in quality if words != broken}
     assert ranked(candidates, trials, 9)[0] == candidates[9]
     rows = table(trials).splitlines()
     assert rows[2].split("|")[5:8] == [" 1.1140 ", " -0.0900 ", rows[2].split("|")[7]]
@@ -84,9 +84,9 @@ def test_a_real_round(tmp_path, tiny_data, monkeypatch):
     """A candidate and the track, made tiny, are timed and trained."""
     monkeypatch.setattr(search, "DATA", tiny_data)
     monkeypatch.setattr(search, "COMMON", ("--data-dir", str(tiny_data), "--sample-tokens", "0", "--device", "cpu"))
-    monkeypatch.setattr(search, "SPACE", {"gates": [("--model.no-attention-gates",)], "smear": [("--model.no-smear",)]})
+    monkeypatch.setattr(search, "SPACE", {"gates": ["--model.no-attention-gates"], "smear": ["--model.no-smear"]})
     extra = [*tiny_options(), "--data.rows-per-step", "1", "--dtype", "float32"]
     search.search(options_of(tmp_path, candidates=1, steps=18, extra=extra), tmp_path / "search.csv")
-    trials = read_trials(tmp_path / "search.csv")
+    trials = read_csv(tmp_path / "search.csv", Trial)
     assert len(trials) == 2 and {t.seed for t in trials} == {0}
     assert all(4 <= t.steps <= 90 and 3 < t.loss < 6 for t in trials)
