@@ -130,31 +130,38 @@ class ModelConfig:
 
     @property
     def layers(self) -> tuple[Layer, ...]:
-        """The layout, layer by layer, with the slot of each in the banks. Raises SpeedrunError if it is impossible."""
-        L = self.num_layers
-        if L < 1 or self.head_dim % 4 or (self.num_heads % 2 and any(i < L for i in self.paired_layers)):
+        """The layout, layer by layer, with the slot of each in the banks."""
+        attention = [i for i in range(self.num_layers) if i not in self.without_attention]
+        gates = [layer for layer, _ in self.value_embeds if layer in attention]
+        tables = dict(self.value_embeds)
+        skips = [(source, target) for source, target in self.skips if target < self.num_layers]
+        read_later = {self.backout_layer, *(source for source, _ in skips)}
+        return tuple(
+            Layer(
+                attention=attention.index(i) if i in attention else None,
+                paired=i in self.paired_layers,
+                long=i in self.long_layers,
+                value=(gates.index(i), tables[i]) if i in gates else None,
+                skips=tuple((slot, source) for slot, (source, target) in enumerate(skips) if target == i),
+                kept=i in read_later,
+            )
+            for i in range(self.num_layers)
+        )
+
+    def refuse_impossible(self) -> None:
+        """Raise SpeedrunError where the numbers make no network."""
+        paired = any(i < self.num_layers for i in self.paired_layers)
+        if self.num_layers < 1 or self.head_dim % 4 or (paired and self.num_heads % 2):
             raise SpeedrunError(
-                f"model: num_layers {L} must be positive, head_dim {self.head_dim} a multiple of 4, and num_heads "
-                f"{self.num_heads} even when there are paired layers."
+                f"model: num_layers {self.num_layers} must be positive, head_dim {self.head_dim} a multiple of 4, and "
+                f"num_heads {self.num_heads} even when there are paired layers."
             )
         if any(source >= target for source, target in self.skips):
             raise SpeedrunError(f"model.skips {self.skips}: a skip must lead to a later layer.")
         if len(dict(self.value_embeds)) < len(self.value_embeds):
             raise SpeedrunError(f"model.value_embeds {self.value_embeds}: a layer can have one table only.")
-        skips = [(source, target) for source, target in self.skips if target < L]
-        with_attention = [i for i in range(L) if i not in self.without_attention]
-        values = [(layer, table) for layer, table in self.value_embeds if layer in with_attention]
-        return tuple(
-            Layer(
-                attention=with_attention.index(i) if i in with_attention else None,
-                paired=i in self.paired_layers,
-                long=i in self.long_layers,
-                value=next(((gate, table) for gate, (layer, table) in enumerate(values) if layer == i), None),
-                skips=tuple((gate, source) for gate, (source, target) in enumerate(skips) if target == i),
-                kept=i == self.backout_layer or any(source == i for source, _ in skips),
-            )
-            for i in range(L)
-        )
+        if self.gate_dim > self.width:
+            raise SpeedrunError(f"model.gate_dim {self.gate_dim} is larger than the width {self.width}.")
 
 
 @dataclass(frozen=True)
@@ -283,9 +290,38 @@ class Schedule:
         """Odd, because Adam steps on odd steps."""
         return math.ceil(self.untie * self.scheduled_steps) | 1
 
+    def parts(self) -> list[tuple[Stage, range]]:
+        """The stages and the extension, each with its steps."""
+        ends = [self.scheduled_steps * i // len(self.stages) for i in range(len(self.stages) + 1)] + [self.total_steps]
+        return list(zip((*self.stages, self.extension), map(range, ends, ends[1:]), strict=True))
+
     def boundaries(self) -> list[int]:
         """First step of each stage, and of the extension."""
-        return [self.scheduled_steps * i // len(self.stages) for i in range(len(self.stages) + 1)]
+        return [steps.start for _, steps in self.parts()]
+
+    def lr_at(self, step: int, stage: Stage) -> float:
+        """What multiplies the learning rates."""
+        if stage is self.extension:
+            return stage.lr
+        cooldown_steps = self.cooldown * self.scheduled_steps
+        cooled = 0.0
+        if cooldown_steps > 0:
+            cooled = min(max((step - (1 - self.cooldown) * self.scheduled_steps) / cooldown_steps, 0), 1)
+        return stage.lr * (1 - cooled) + self.final_lr * cooled
+
+    def momentum_at(self, step: int) -> float:
+        """NorMuon's: it rises at the start and falls at the end."""
+        rise, fall = self.momentum_steps
+        ramp = min(step / max(rise, 1), (self.total_steps - step) / max(fall, 1), 1.0)
+        return self.momentum[0] + (self.momentum[1] - self.momentum[0]) * ramp
+
+    def rotary_at(self, step: int, head_dim: int) -> tuple[tuple[float, ...], float]:
+        """Frequencies and attention scale after all growth of the long window up to this step."""
+        frequencies, attn_scale = base_frequencies(head_dim), self.attn_scale
+        windows = [min(stage.windows[1], self.yarn_max_window) for stage, steps in self.parts() if steps.start <= step]
+        for before, after in pairwise(windows):
+            frequencies, attn_scale = yarn(frequencies, attn_scale, before, after)
+        return frequencies, attn_scale
 
 
 @dataclass(frozen=True)
@@ -343,37 +379,21 @@ class Track:
 
     def at(self, step: int) -> Settings:
         """The settings of a training step, 0 <= step < schedule.total_steps."""
-        s = self.schedule
-        boundaries = s.boundaries()
-        index = sum(step >= b for b in boundaries) - 1
-        stages = (*s.stages, s.extension)
-        stage, begin = stages[index], boundaries[index]
-        end = boundaries[index + 1] if index + 1 < len(boundaries) else s.total_steps
-        done = (step - begin) / max(end - begin, 1)
-
-        frequencies = base_frequencies(self.model.head_dim)
-        attn_scale = s.attn_scale
-        for before, after in pairwise(stages[: index + 1]):
-            a, b = (min(x.windows[1], s.yarn_max_window) for x in (before, after))
-            frequencies, attn_scale = yarn(frequencies, attn_scale, a, b)
-
-        cooled = 0.0
-        if s.cooldown > 0:
-            cooled = min(max((step - (1 - s.cooldown) * s.scheduled_steps) / (s.cooldown * s.scheduled_steps), 0), 1)
-        lr = stage.lr if stage is s.extension else stage.lr * (1 - cooled) + s.final_lr * cooled
-        rise, fall = s.momentum_steps
-        ramp = min(step / max(rise, 1), (s.total_steps - step) / max(fall, 1), 1.0)
+        schedule = self.schedule
+        stage, steps = [part for part in schedule.parts() if part[1].start <= step][-1]
+        done = (step - steps.start) / max(len(steps), 1)
+        frequencies, attn_scale = schedule.rotary_at(step, self.model.head_dim)
         return Settings(
             step=step,
             stage=stage,
             windows=stage.windows,
             frequencies=frequencies,
             attn_scale=attn_scale,
-            lr=lr,
-            momentum=s.momentum[0] + (s.momentum[1] - s.momentum[0]) * ramp,
+            lr=schedule.lr_at(step, stage),
+            momentum=schedule.momentum_at(step),
             prediction_weights=tuple(w0 + (w1 - w0) * done for w0, w1 in stage.prediction_weights),
-            tied=step <= s.untie_step,
-            unties=step == s.untie_step,
+            tied=step <= schedule.untie_step,
+            unties=step == schedule.untie_step,
         )
 
     def validation_at(self, step: int) -> Settings:
@@ -442,8 +462,24 @@ SMALL = Track(
     optimizer=OptimizerConfig(),
 )
 
-# The length and width of GPT-2 medium. Each lr_mul below is of its adam_lr, half of `small`'s.
-MEDIUM_ADAM = {"betas": (0.8, 0.95), "eps": 1e-8}
+# The length and width of GPT-2 medium. lr_mul is of its adam_lr, half of `small`'s.
+MEDIUM_RULES = Rules(
+    resid_lambda=Rule("adam", sharded=False, lr_mul=(10.0,), wd_mul=0.0),
+    sa_lambda=Rule("adam", sharded=False, lr_mul=(10.0,), wd_mul=0.0),
+    x0_lambda=Rule("adam", sharded=False, lr_mul=(5.0,), wd_mul=0.0, betas=(0.8, 0.95), eps=1e-8),
+    x02_lambda=Rule("adam", sharded=False, lr_mul=(5.0,), wd_mul=0.0, betas=(0.8, 0.95), eps=1e-8),
+    smear_lambda=Rule("adam", sharded=False, lr_mul=(10.0,), wd_mul=0.0),
+    skip_lambda=Rule("adam", sharded=False, lr_mul=(10.0,), wd_mul=0.0),
+    backout_lambda=Rule("adam", sharded=False, lr_mul=(10.0,), wd_mul=0.0),
+    smear_gate=Rule("adam", sharded=False, lr_mul=(0.1,), wd_mul=0.0),
+    skip_gate=Rule("adam", sharded=False, lr_mul=(0.1,), wd_mul=0.0),
+    attn_gates=Rule("adam", sharded=False, lr_mul=(0.1,)),
+    value_gates=Rule("adam", sharded=False, lr_mul=(0.1,)),
+    value_embeds=Rule("adam", sharded=True, lr_mul=(75.0,), wd_mul=5.0, betas=(0.8, 0.95), eps=1e-8),
+    embed2=Rule("adam", sharded=True, lr_mul=(75.0,), wd_mul=5.0, betas=(0.8, 0.95), eps=1e-8),
+    head=Rule("adam", sharded=True, wd_mul=150.0, betas=(0.8, 0.95), eps=1e-8),
+    embed=Rule("adam", sharded=True, wd_mul=150.0, betas=(0.8, 0.95), eps=1e-8),
+)
 MEDIUM = Track(
     name="medium",
     target_loss=2.92,
@@ -485,25 +521,7 @@ MEDIUM = Track(
         untie=1 / 6,
     ),
     coordinate_descent_tuning=True,
-    optimizer=OptimizerConfig(
-        adam_lr=0.004,
-        muon_lr=0.015,
-        rules=replace(
-            SMALL.optimizer.rules,
-            **{
-                name: replace(getattr(SMALL.optimizer.rules, name), **MEDIUM_ADAM)
-                for name in ("embed", "head", "value_embeds", "embed2", "x0_lambda", "x02_lambda")
-            },
-            **{
-                name: replace(getattr(SMALL.optimizer.rules, name), lr_mul=(10.0,))  # of 0.004: 5 times 0.008
-                for name in ("resid_lambda", "sa_lambda", "smear_lambda", "skip_lambda", "backout_lambda")
-            },
-            **{
-                name: replace(getattr(SMALL.optimizer.rules, name), lr_mul=(0.1,))
-                for name in ("smear_gate", "skip_gate", "attn_gates", "value_gates")
-            },
-        ),
-    ),
+    optimizer=OptimizerConfig(adam_lr=0.004, muon_lr=0.015, rules=MEDIUM_RULES),
 )
 
 # `small` at the depth and width of GPT-2 XL, its layout stretched, its batch larger; learning rates of `medium`.
@@ -1463,12 +1481,10 @@ class GPT(nn.Module):
     def __init__(self, config: ModelConfig, runtime: Runtime, seed: int = 0):
         """Initialize on the CPU from `seed` alone, so that every device and every number of ranks starts the same."""
         super().__init__()
-        self.config, self.runtime = config, runtime
-        self.layers = config.layers
+        config.refuse_impossible()
+        self.config, self.runtime, self.layers = config, runtime, config.layers
         d, V, L, H = config.width, config.padded_vocab, config.num_layers, config.num_heads
         hidden, gate = config.mlp_ratio * d, config.gate_dim
-        if gate > d:
-            raise SpeedrunError(f"model.gate_dim {gate} is larger than the width {d} (num_heads * head_dim).")
         num_attention = sum(layer.attention is not None for layer in self.layers)
         num_values = sum(layer.value is not None for layer in self.layers)
         num_skips = sum(len(layer.skips) for layer in self.layers)
@@ -1897,20 +1913,20 @@ class Shard:
 
         None where the shard ends before the row is full.
         """
-        span = 8 + need // 256
+        count = 8 + need // 256  # documents to look at: enough for most rows
         while True:
-            bounds = self.wait(document + span + 1)
-            lengths = np.minimum(np.diff(bounds[document : document + span + 1]), max_doc_len)
-            total = np.cumsum(lengths)
-            last = int(np.searchsorted(total, need))
-            if last < len(total):
+            bounds = self.wait(document + count + 1)[document : document + count + 1]
+            lengths = np.minimum(np.diff(bounds), max_doc_len)
+            filled = np.cumsum(lengths)
+            last = int(np.searchsorted(filled, need))
+            if last < len(filled):
                 break
-            if len(lengths) < span:
+            if len(lengths) < count:
                 return None
-            span *= 4
-        starts = bounds[document : document + last + 1]
+            count *= 4
+        starts = bounds[: last + 1]
         stops = starts + lengths[: last + 1]
-        stops[-1] -= total[last] - need
+        stops[-1] -= filled[last] - need
         return [slice(a, b) for a, b in zip(starts.tolist(), stops.tolist(), strict=True)], document + last + 1
 
 
@@ -2054,12 +2070,8 @@ def adapted(track: Track, data_dir: Path) -> Track:
 
 def require_tokens(track: Track, data_dir: Path, stop: int) -> None:
     """Raise SpeedrunError where the training shards have, by their headers, too few tokens for `stop` steps."""
-    schedule, rows = track.schedule, track.data.rows_per_step
-    ends = pairwise((*schedule.boundaries(), schedule.total_steps))
-    need = sum(
-        max(min(end, stop) - begin, 0) * (stage.tokens + rows)
-        for (begin, end), stage in zip(ends, (*schedule.stages, schedule.extension), strict=True)
-    )
+    taken = lambda stage: stage.tokens + track.data.rows_per_step  # the last target of a row is one token more
+    need = sum(len(range(steps.start, min(steps.stop, stop))) * taken(stage) for stage, steps in track.schedule.parts())
     paths = find_shards(data_dir, "train", track.data)
     have = sum(read_shard_header(path) for path in paths)
     if have * track.data.epochs < need:
@@ -2338,7 +2350,7 @@ class Saver:
                 if old < complete[-self.keep]:
                     shutil.rmtree(old, ignore_errors=True)
 
-    def finish(self, complete: bool) -> None:
+    def close(self, complete: bool) -> None:
         """Mark a complete run, which `--resume auto` passes over. Raises SpeedrunError if its last save failed."""
         if not self.wait() and self.final:
             raise SpeedrunError(f"the final checkpoint could not be written to {self.folder}. Log: {self.log.path}")
@@ -2518,62 +2530,30 @@ class Runtime:
     @staticmethod
     def create(options: Options) -> Runtime:
         """Join the processes that torchrun started, if any, and choose device and precision."""
-        if options.device == "cuda" and not torch.cuda.is_available():
-            raise SpeedrunError(
-                "--device cuda, but PyTorch finds no CUDA device. Check `nvidia-smi` and that this PyTorch is a CUDA "
-                f"build (it is {torch.__version__}), or use --device cpu."
-            )
-        cuda = options.device == "cuda" or (options.device == "auto" and torch.cuda.is_available())
         rank, world_size, local_rank = launcher_ranks()
-        if cuda and local_rank >= torch.cuda.device_count():
-            raise SpeedrunError(
-                f"process {local_rank} of this node has no GPU of its own: {torch.cuda.device_count()} found. "
-                "Start one process per GPU (NPROC=...)."
-            )
-        device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-        if cuda:
-            torch.cuda.set_device(device)
-            torch.backends.cuda.enable_cudnn_sdp(False)  # sampling would pay for a plan per length of the text
-            if torch.cuda.get_device_capability() < (8, 0) or options.dtype not in ("auto", "bfloat16"):
-                raise SpeedrunError(
-                    f"attention on CUDA runs in bfloat16 on Ampere or newer (compute capability 8.0), but this is "
-                    f"{torch.cuda.get_device_name()} (capability {torch.cuda.get_device_capability()}) with --dtype "
-                    f"{options.dtype}. Use --device cpu, or drop --dtype."
-                )
-        else:
-            keep_freed_memory()
-            # The mean squares of embeddings that are rarely seen decay to denormal numbers, with which CPUs are slow.
-            torch.set_flush_denormal(True)
+        device = choose_device(options, local_rank)
+        cuda = device.type == "cuda"
+        has_triton = bool(cuda and triton)
         has_fp8 = cuda and torch.cuda.get_device_capability() >= (8, 9)
         for name, wanted, present, least in (
             (f"--attention {options.attention}", options.attention != "auto", cuda, "CUDA"),
-            ("--kernels triton", options.kernels == "triton", cuda and triton, "CUDA and the package triton"),
+            ("--kernels triton", options.kernels == "triton", has_triton, "CUDA and the package triton"),
             ("--head fp8", options.head == "fp8", has_fp8, "a GPU of compute capability 8.9 (Ada, Hopper) or newer"),
         ):
             if wanted and not present:
                 raise SpeedrunError(f"{name} needs {least}. Drop it: the default is what works here.")
-        memory = torch.cuda.get_device_properties(device).total_memory if cuda else 8 * 10**9
-        if world_size > 1:
-            try:
-                dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
-            except dist.DistError as error:
-                raise SpeedrunError(
-                    f"the processes do not meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} "
-                    f"({str(error).splitlines()[0]}). Is that node 0, and the port free there (MASTER_PORT=...)?"
-                ) from error
-        fast_bfloat16 = cuda or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        name = ("bfloat16" if fast_bfloat16 else "float32") if options.dtype == "auto" else options.dtype
+        join_ranks(device, world_size)
         return Runtime(
             device=device,
             rank=rank,
             world_size=world_size,
-            dtype=getattr(torch, name),
+            dtype=choose_dtype(options, cuda),
             compile=options.compile and cuda == torch.cuda.is_available(),
             attention=activate_flash_attention(options.attention) if cuda else "block-local",
-            fused=bool(cuda and triton and options.kernels != "plain"),
+            fused=has_triton and options.kernels != "plain",
             fp8=has_fp8 and options.head != "plain",
             max_loss_chunk=options.loss_chunk,
-            logits_memory=memory // 8,
+            logits_memory=torch.cuda.get_device_properties(device).total_memory // 8 if cuda else 10**9,
         )
 
     def to_device(self, tensor: Tensor) -> Tensor:
@@ -2644,6 +2624,57 @@ def report_error(error: Exception) -> None:
 
     print(f"error: {error}", file=sys.stderr, flush=True)
     ErrorHandler().record_exception(error)  # nothing where torchrun did not start this process
+
+
+def choose_device(options: Options, local_rank: int) -> torch.device:
+    """The CPU or this process's GPU, made ready. Raises SpeedrunError where --device or --dtype cannot be had."""
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise SpeedrunError(
+            "--device cuda, but PyTorch finds no CUDA device. Check `nvidia-smi` and that this PyTorch is a CUDA "
+            f"build (it is {torch.__version__}), or use --device cpu."
+        )
+    if options.device == "cpu" or not torch.cuda.is_available():
+        keep_freed_memory()
+        # The mean squares of embeddings that are rarely seen decay to denormal numbers, with which CPUs are slow.
+        torch.set_flush_denormal(True)
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise SpeedrunError(
+            f"process {local_rank} of this node has no GPU of its own: {torch.cuda.device_count()} found. "
+            "Start one process per GPU (NPROC=...)."
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # sampling would pay for a plan per length of the text
+    if torch.cuda.get_device_capability() < (8, 0) or options.dtype not in ("auto", "bfloat16"):
+        raise SpeedrunError(
+            f"attention on CUDA runs in bfloat16 on Ampere or newer (compute capability 8.0), but this is "
+            f"{torch.cuda.get_device_name()} (capability {torch.cuda.get_device_capability()}) with --dtype "
+            f"{options.dtype}. Use --device cpu, or drop --dtype."
+        )
+    return device
+
+
+def choose_dtype(options: Options, cuda: bool) -> torch.dtype:
+    """Of weights and activations."""
+    if options.dtype != "auto":
+        return getattr(torch, options.dtype)
+    fast_bfloat16 = cuda or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if fast_bfloat16 else torch.float32
+
+
+def join_ranks(device: torch.device, world_size: int) -> None:
+    """Make the process group, where there are several ranks. Raises SpeedrunError where they do not meet."""
+    if world_size == 1:
+        return
+    cuda = device.type == "cuda"
+    try:
+        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+    except dist.DistError as error:
+        raise SpeedrunError(
+            f"the processes do not meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} "
+            f"({str(error).splitlines()[0]}). Is that node 0, and the port free there (MASTER_PORT=...)?"
+        ) from error
 
 
 def keep_freed_memory() -> None:
@@ -2748,16 +2779,9 @@ class LineFile:
     """A text file that grows line by line. On a full disk lines wait in memory, the run goes on and tries again."""
 
     def __init__(self, path: Path, size: int | None = None):
-        """A new file, or an existing one cut to `size` bytes. Raises OSError."""
+        """A new file, or an existing one cut to `size` bytes. Raises OSError, also where another process writes it."""
         self.path, self.size, self.pending = path, size or 0, b""
-        self._file = open(path, "xb" if size is None else "r+b", buffering=0)  # noqa: SIM115 - for the whole run
-        self._claim()
-        if size is not None:
-            self._file.truncate(size)
-            self._file.seek(size)
-
-    def _claim(self) -> None:
-        """Raise BlockingIOError where another process writes this file, as far as the system can tell."""
+        self._file = open(path, "xb" if size is None else "ab", buffering=0)  # noqa: SIM115 - for the whole run
         try:
             import fcntl  # not on Windows
 
@@ -2766,32 +2790,32 @@ class LineFile:
             raise
         except (ImportError, OSError):  # some network file systems know no locks
             pass
+        self._file.truncate(self.size)
 
     def write(self, line: str) -> None:
-        had_room, data = not self.pending, (line + "\n").encode()
-        self.pending += data
+        data, waiting = (line + "\n").encode(), bool(self.pending)
         self.size += len(data)
-        try:
-            self._flush()
-        except OSError as error:
-            if had_room:
-                message = f"warning: {self.path}: cannot be written ({error.strerror}); the run goes on and tries again"
-                tqdm.write(message, file=sys.stderr)
+        self.pending += data
+        if (error := self._flush()) and not waiting:
+            said = f"warning: {self.path}: cannot be written ({error.strerror}); the run goes on and tries again"
+            tqdm.write(said, file=sys.stderr)
 
-    def _flush(self) -> None:
-        while self.pending:
-            self.pending = self.pending[self._file.write(self.pending) :]
+    def _flush(self) -> OSError | None:
+        """Write what waits; returns what stands in the way."""
+        try:
+            while self.pending:
+                self.pending = self.pending[self._file.write(self.pending) :]
+        except OSError as error:
+            return error
 
     def close(self) -> None:
         """Close the file. Raises SpeedrunError, with the last lines in it, where there is still no room for them."""
-        try:
-            self._flush()
-        except OSError as error:
+        if error := self._flush():
             lines = self.pending.decode(errors="replace").splitlines()
             raise SpeedrunError(
                 f"{self.path}: not complete, its last {len(lines)} lines cannot be written ({error.strerror}). "
                 "They end with:\n" + "\n".join(lines[-20:])
-            ) from error
+            )
         self._file.close()
 
 
@@ -2845,6 +2869,11 @@ class RunLog:
     def write(self, line: str) -> None:
         if self.file is not None:
             self.file.write(line)
+
+    def say(self, line: str) -> None:
+        """A line for the terminal, from rank 0, above the progress bar."""
+        if self.file is not None:
+            tqdm.write(line)
 
     def step(self, step: int, seconds: float, metrics: dict[str, float] | None = None, **losses: float) -> str:
         """Write `step:S/N [val_loss:X] train_time:Tms step_avg:Ams` and return it; `metrics` go to other tools only.
@@ -2966,24 +2995,29 @@ class Trainer:
         return total
 
     @torch.no_grad()
-    def exchange(self, losses: list[Tensor], step: int, log: RunLog, saver: Saver) -> float:
-        """What the ranks tell each other now and then: the mean of the losses since the last time.
+    def mean_loss(self, losses: list[Tensor]) -> float:
+        """Mean over steps and ranks of what `train_step` has returned; NaN where a loss or a weight is not finite.
 
-        Waits for the device. Raises SpeedrunError where a loss or a weight is not finite on some rank.
+        Waits for the device.
         """
-        world, recent = self.runtime.world_size, torch.stack(losses)
-        finite = [p.detach().norm().isfinite() for p in self.params.values()]
-        bad = ~torch.cat((recent.isfinite(), torch.stack(finite).all()[None]))
-        values = torch.zeros(1 + world, dtype=torch.float64, device=recent.device)
-        values[0] = recent.mean()
-        values[1 + self.runtime.rank] = torch.where(bad.any(), len(bad) - bad.int().argmax(), 0)  # larger is earlier
-        mean, *ranks = self.runtime.sum(values).tolist()
-        if any(ranks):
-            rank = ranks.index(max(ranks))
-            first = step + 1 - len(losses) + (len(bad) - int(ranks[rank]))
-            what = "a weight" if first > step else f"the loss of step {first + 1}"
-            give_up(f"{what} is not finite on rank {rank} of {world}, after {step + 1} steps", log, saver)
-        return mean
+        norms = torch.stack([p.detach().norm().to(losses[0].dtype) for p in self.params.values()])
+        mean = torch.stack(losses).mean().double()
+        mean = torch.where(norms.isfinite().all(), mean, math.nan)
+        return self.runtime.sum(mean).item()
+
+    @torch.no_grad()
+    def what_is_not_finite(self, losses: list[Tensor], last_step: int) -> str:
+        """In words, the first of these losses, up to that of `last_step`, or else a weight; on the rank that has it."""
+        steps = range(last_step + 1 - len(losses), last_step + 1)
+        bad_steps = [step for step, loss in zip(steps, losses, strict=True) if not loss.isfinite()]
+        if not all(p.isfinite().all() for p in self.params.values()):
+            bad_steps.append(last_step + 1)
+        by_rank = [min(bad_steps, default=math.inf)] * self.runtime.world_size
+        if self.runtime.world_size > 1:
+            dist.all_gather_object(by_rank, by_rank[0])
+        first = min(by_rank)
+        what = f"the loss of step {first + 1}" if first <= last_step else "a weight"
+        return f"{what} is not finite on rank {by_rank.index(first)} of {self.runtime.world_size}"
 
     @torch.no_grad()
     def validate(self, settings: Settings, max_rows: int | None = None, interrupt: Interrupt | None = None) -> float:
@@ -3047,22 +3081,23 @@ class Trainer:
     @torch.no_grad()
     def load(self, checkpoint: Checkpoint) -> None:
         """Take over a checkpoint of any number of ranks. Raises CheckpointError where it does not fit this model."""
-        targets: dict[str, tuple[Tensor, int]] = {}  # where it goes, and the row of the whole at which that begins
+        targets = {}  # what this rank needs of the whole tensors: where it goes, and its first row
         for name, p in self.params.items():
             rule = self.optimizer.rules[name]
-            targets[f"weights.{name}"] = (p.data if rule.kind != "adam" else p.data.view(-1)), 0
+            targets[f"weights.{name}"] = (p.data.view(-1) if rule.kind == "adam" else p.data), 0
             for key, tensor in self.optimizer.state[name].items():
                 targets[f"optimizer.{name}.{key}"] = tensor, self.runtime.rank * len(tensor) if rule.sharded else 0
         for name, whole in checkpoint.tensors():
             if name == "rng":
                 torch.set_rng_state(whole)
                 continue
-            target, begin = targets.pop(name, (whole[:0], 0))
-            end = begin + len(target)
-            if "_bank" in name:  # padded with zero matrices to a multiple of the ranks
-                whole = torch.cat((whole, whole.new_zeros(max(end - len(whole), 0), *whole.shape[1:])))
-            piece = whole[begin:end]
-            if not len(target) or (target.shape, target.dtype) != (piece.shape, piece.dtype):
+            if name not in targets:
+                raise CheckpointError(f"{checkpoint.folder}: {name} does not fit this model, which has none.")
+            target, begin = targets.pop(name)
+            piece = whole[begin : begin + len(target)]
+            if target.dim() == 3:  # of a bank, padded with zero matrices to a multiple of the ranks
+                piece = torch.cat((piece, whole.new_zeros(len(target) - len(piece), *whole.shape[1:])))
+            if (target.shape, target.dtype) != (piece.shape, piece.dtype):
                 raise CheckpointError(f"{checkpoint.folder}: {name} does not fit this model.")
             target.copy_(piece)
         if targets:
@@ -3076,7 +3111,7 @@ class Trainer:
         Returns the seconds that the slowest row took.
         """
         state, schedule, slowest = self.state(), self.track.schedule, 0.0
-        starts = [max(b, start) for b, end in pairwise((*schedule.boundaries(), stop)) if b < stop and end > start]
+        starts = [max(steps.start, start) for _, steps in schedule.parts() if steps.start < stop and steps.stop > start]
         hidden = self.runtime.rank > 0 or None
         for start in tqdm(starts, "warm-up", unit="stage", delay=5, leave=False, disable=hidden):
             self.loader.position = state["loader"]
@@ -3097,7 +3132,7 @@ def train(track: Track, options: Options, runtime: Runtime) -> float:
     data_dir = options.data_dir or default_data_dir(track.data)
     total_steps = track.schedule.total_steps
     stop = total_steps if options.max_steps is None else min(options.max_steps, total_steps)
-    check(track, options, runtime)
+    check_numbers(track, options, runtime)
     check_outputs(options, runtime)
     foreign = foreign_data(data_dir, track.data)
     if foreign:
@@ -3131,93 +3166,125 @@ def train(track: Track, options: Options, runtime: Runtime) -> float:
     )
     with log:
         saver = Saver(track, options, log, runtime)
-        say = tqdm.write if runtime.rank == 0 else lambda line: None
-        say(
+        log.say(
             f"{track.name}: {sum(p.numel() for p in trainer.params.values()):,} parameters on {runtime.world_size} x "
             f"{runtime.device.type}, {runtime.dtype}, attention {runtime.attention}. log: {log.path}"
         )
         if track.target_loss is None:
             repeated = f", read {track.data.epochs} times" if track.data.epochs > 1 else ""
-            say(f"data: {data_dir}{repeated}: its loss, over {track.data.val_tokens:,} tokens, compares with no record")
+            log.say(
+                f"data: {data_dir}{repeated}: its loss, over {track.data.val_tokens:,} tokens, compares with no record"
+            )
         if resumed:
             how = f"resumed at step {start} from {resumed.folder}"
             log.write(how + (f" with --force: {'; '.join(resumed.changed)}" if resumed.changed else ""))
-            say(how)
+            log.say(how)
         if options.warmup:
-            say("warming up (not timed)")
+            log.say("warming up (not timed)")
             with Interrupt(runtime, at_once=True):
                 runtime.limit_waiting(trainer.warm_up(stop, start))
             if runtime.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
 
         clock, graphs = Clock(runtime, resumed.progress.seconds if resumed else 0.0), compilations()
-        val_loss = training_loop(trainer, clock, log, saver, start, stop, say)
+        val_loss = Loop(trainer, clock, log, saver, range(start, stop)).run()
         if questions:
             accuracy = hellaswag(trainer.model, track, stop, runtime, questions)
             log.write(str(accuracy))
-            say(str(accuracy))
+            log.say(str(accuracy))
         if runtime.compile:
             log.write(f"compilations after the clock started: {compilations() - graphs}")
-        finish(trainer, log, options, clock.elapsed, val_loss, stop, say)
-        saver.finish(complete=stop == total_steps)
+        conclude(trainer, log, options, clock.elapsed, val_loss, stop)
+        saver.close(complete=stop == total_steps)
     return val_loss
 
 
-def training_loop(trainer: Trainer, clock: Clock, log: RunLog, saver: Saver, start: int, stop: int, say) -> float:
-    """Train from step `start` to `stop`, save, validate, log. Returns the last validation loss."""
-    track, runtime = trainer.track, trainer.runtime
-    val_every, losses, graphs = track.schedule.val_every, [], compilations()
-    tokens_seen = sum(track.at(step).stage.tokens for step in range(start))
-    with (
-        Interrupt(runtime) as interrupt,
-        tqdm(total=stop, initial=start, unit="step", disable=runtime.rank > 0 or None) as bar,
-    ):
-        for step in range(start, stop + 1):
-            saves = step > start and saver.due(step, stop)
-            validates = step == stop or (val_every and step % val_every == 0)
-            if saves or validates or interrupt.agreed:
-                clock.stop()
-            if saves:
-                saver.save(trainer, step, clock.elapsed)
-            if validates and not interrupt.agreed:
-                val_loss = trainer.validate(track.validation_at(step), interrupt=interrupt)
-            if interrupt.agreed:
-                if saver.on and not saves and step > start and step % 2 == 0:
-                    saver.save(trainer, step, clock.elapsed)
-                saver.wait()
-                if runtime.world_size > 1:
-                    dist.barrier()  # when one rank is gone the launcher ends the others, in the midst of their writing
-                raise Interrupted(interrupt.agreed, f"after {step} steps", saver.latest)
-            if validates:
-                say(log.step(step, clock.elapsed, {"tokens": tokens_seen}, val_loss=val_loss))
-                if not math.isfinite(val_loss):
-                    give_up(f"the validation loss is {val_loss} after {step} steps", log, saver)
-            if step == stop:
-                return val_loss
-            clock.start()
-            losses.append(trainer.train_step(step))
-            if compilations() > graphs:
-                graphs = compilations()
-                log.write(
-                    f"compiled again in step {step + 1}: a row with more documents than `document_capacity` allows?"
-                )
-            settings = track.at(step)
-            tokens_seen += settings.stage.tokens
-            seconds = clock.read()
-            metrics = {"tokens": tokens_seen, "lr": settings.lr, "momentum": settings.momentum}
-            log.step(step + 1, seconds, metrics)
-            bar.update()
-            asked = interrupt.signal if runtime.world_size == 1 else 0  # several ranks have to agree on the step
-            if (step + 1) % LOSS_EVERY == 0 or step + 1 == stop or saver.due(step + 1, stop) or asked:
-                train_loss = trainer.exchange(losses, step, log, saver)
-                losses.clear()
-                line = log.step(step + 1, seconds, metrics, train_loss=train_loss)
-                bar.set_postfix_str(f"loss {train_loss:.4f}, {tokens_seen / clock.read():,.0f} tokens/s")
-                if bar.disable and (step + 1) % (10 * LOSS_EVERY) == 0:
-                    say(line)  # where no bar can be drawn
-                if settings.adam_steps or not saver.on:
-                    interrupt.ask()
-    raise AssertionError("the loop returns at its last step")
+@dataclass
+class Loop:
+    """The steps of a run from the first to the last: train, tell, and between the steps save, validate, stop."""
+
+    trainer: Trainer
+    clock: Clock
+    log: RunLog
+    saver: Saver
+    steps: range
+
+    def run(self) -> float:
+        """Returns the last validation loss."""
+        trainer, runtime = self.trainer, self.trainer.runtime
+        self.losses: list[Tensor] = []  # since they were last read
+        self.tokens_seen = sum(trainer.track.at(step).stage.tokens for step in range(self.steps.start))
+        self.compilations = compilations()
+        bar = tqdm(total=self.steps.stop, initial=self.steps.start, unit="step", disable=runtime.rank > 0 or None)
+        with Interrupt(runtime) as self.interrupt, bar as self.bar:
+            for step in self.steps:
+                self.pause(step)
+                self.clock.start()
+                self.losses.append(trainer.train_step(step))
+                self.tell(step)
+            return self.pause(self.steps.stop)
+
+    def pause(self, step: int) -> float | None:
+        """Before a step, off the clock: save, validate, stop, each where it is due. Returns the validation loss."""
+        track, interrupt = self.trainer.track, self.interrupt
+        last, val_every = step == self.steps.stop, track.schedule.val_every
+        saves = step > self.steps.start and self.saver.due(step, self.steps.stop)
+        validates = last or (val_every > 0 and step % val_every == 0)
+        if not (saves or validates or interrupt.agreed):
+            return None
+        self.clock.stop()
+        if saves:
+            self.saver.save(self.trainer, step, self.clock.elapsed)
+        if validates and not interrupt.agreed:
+            val_loss = self.trainer.validate(track.validation_at(step), interrupt=interrupt)
+        if interrupt.agreed:
+            self.stop(step, saved=saves)
+        if not validates:
+            return None
+        self.log.say(self.log.step(step, self.clock.elapsed, {"tokens": self.tokens_seen}, val_loss=val_loss))
+        if not math.isfinite(val_loss):
+            self.give_up(f"the validation loss is {val_loss} after {step} steps")
+        return val_loss
+
+    def tell(self, step: int) -> None:
+        """Write down a step that is done. Now and then the ranks agree on the loss, and on a signal that came."""
+        trainer, runtime, settings = self.trainer, self.trainer.runtime, self.trainer.track.at(step)
+        done, last, seconds = step + 1, step + 1 == self.steps.stop, self.clock.read()
+        if compilations() > self.compilations:
+            self.compilations = compilations()
+            self.log.write(f"compiled again in step {done}: a row with more documents than `document_capacity` allows?")
+        self.tokens_seen += settings.stage.tokens
+        metrics = {"tokens": self.tokens_seen, "lr": settings.lr, "momentum": settings.momentum}
+        self.log.step(done, seconds, metrics)
+        self.bar.update()
+        sent = self.interrupt.signal if runtime.world_size == 1 else 0  # several ranks have to agree on the step
+        if not (done % LOSS_EVERY == 0 or last or self.saver.due(done, self.steps.stop) or sent):
+            return
+        train_loss = trainer.mean_loss(self.losses)
+        if not math.isfinite(train_loss):
+            self.give_up(f"{trainer.what_is_not_finite(self.losses, step)}, after {done} steps")
+        self.losses.clear()
+        line = self.log.step(done, seconds, metrics, train_loss=train_loss)
+        self.bar.set_postfix_str(f"loss {train_loss:.4f}, {self.tokens_seen / self.clock.read():,.0f} tokens/s")
+        if self.bar.disable and done % (10 * LOSS_EVERY) == 0:
+            self.log.say(line)  # where no bar can be drawn
+        if settings.adam_steps or not self.saver.on:  # a checkpoint is of an even number of steps
+            self.interrupt.ask()
+
+    def stop(self, step: int, saved: bool) -> NoReturn:
+        """End the run for a signal, with a checkpoint where there can be one: raises Interrupted."""
+        if self.saver.on and not saved and step > self.steps.start and step % 2 == 0:
+            self.saver.save(self.trainer, step, self.clock.elapsed)
+        self.saver.wait()
+        if self.trainer.runtime.world_size > 1:
+            dist.barrier()  # when one rank is gone the launcher ends the others, in the midst of their writing
+        raise Interrupted(self.interrupt.agreed, f"after {step} steps", self.saver.latest)
+
+    def give_up(self, reason: str) -> NoReturn:
+        """End the run for numbers that are not finite: raises SpeedrunError."""
+        self.saver.wait()
+        kept = f"The last finite state is {self.saver.latest}. " if self.saver.latest else ""
+        raise SpeedrunError(f"{reason}: the run stops. {kept}Lower the learning rates. Log: {self.log.path}")
 
 
 class Interrupt:
@@ -3274,13 +3341,6 @@ def compilations() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"] if "torch._dynamo" in sys.modules else 0
 
 
-def give_up(reason: str, log: RunLog, saver: Saver) -> NoReturn:
-    """End the run for numbers that are not finite: raises SpeedrunError."""
-    saver.wait()
-    kept = f"The last finite state is {saver.latest}. " if saver.latest else ""
-    raise SpeedrunError(f"{reason}: the run stops. {kept}Lower the learning rates. Log: {log.path}")
-
-
 def out_of_memory(error: torch.OutOfMemoryError, track: Track, runtime: Runtime) -> SpeedrunError:
     """What to do about it: lower the one number that trades memory for nothing but a little time."""
     longest = max(stage.tokens for stage in (*track.schedule.stages, track.schedule.extension))
@@ -3291,7 +3351,7 @@ def out_of_memory(error: torch.OutOfMemoryError, track: Track, runtime: Runtime)
     )
 
 
-def check(track: Track, options: Options, runtime: Runtime) -> None:
+def check_numbers(track: Track, options: Options, runtime: Runtime) -> None:
     """Refuse at once what cannot work: raises SpeedrunError for numbers that do not fit."""
     data, schedule, model, rows = track.data, track.schedule, track.model, track.data.rows_per_step
     world, short, final = runtime.world_size, schedule.extension.windows[0], schedule.final_long_window
@@ -3340,7 +3400,7 @@ def check_outputs(options: Options, runtime: Runtime) -> None:
                 ) from error
 
 
-def finish(trainer: Trainer, log: RunLog, options: Options, seconds: float, val_loss: float, stop: int, say) -> None:
+def conclude(trainer: Trainer, log: RunLog, options: Options, seconds: float, val_loss: float, stop: int) -> None:
     """The end of the log and the verdict on the terminal."""
     track, runtime = trainer.track, trainer.runtime
     total_steps = track.schedule.total_steps
@@ -3359,13 +3419,13 @@ def finish(trainer: Trainer, log: RunLog, options: Options, seconds: float, val_
     for name, shard in trainer.identities.all().items():
         log.write(f"data: {name} {shard}")
     log.write(f"peak memory allocated: {allocated // mib} MiB reserved: {reserved // mib} MiB")
-    say(f"{verdict} in {seconds:.1f} s: validation loss {val_loss:.4f}\nlog: {log.path}")
+    log.say(f"{verdict} in {seconds:.1f} s: validation loss {val_loss:.4f}\nlog: {log.path}")
     if runtime.rank == 0 and options.export:
         export(options.export, trainer.model, track, stop)
-        say(f"exported to {options.export}: python train_gpt.py sample {options.export}")
+        log.say(f"exported to {options.export}: python train_gpt.py sample {options.export}")
     if runtime.rank == 0 and options.sample_tokens:
         with contextlib.suppress(SpeedrunError, ImportError):  # no tiktoken: a sample is a courtesy
-            say(f"sample:\n{text_sample(trainer.model, track, stop, options.sample_tokens, options.seed)}\n")
+            log.say(f"sample:\n{text_sample(trainer.model, track, stop, options.sample_tokens, options.seed)}\n")
 
 
 def peak_rss() -> int:

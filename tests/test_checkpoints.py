@@ -649,9 +649,9 @@ def test_saving_changes_nothing(tiny_data, undisturbed, tmp_path):
     """The weights of a run that never saves, which stands for one by an older version, are the same."""
     track = tiny_track(val_every=8, rows_per_step=2)
     trainers = []
-    real = train_gpt.finish
+    real = train_gpt.conclude
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_gpt, "finish", lambda trainer, *a: (trainers.append(trainer), real(trainer, *a)))
+        patch.setattr(train_gpt, "conclude", lambda trainer, *a: (trainers.append(trainer), real(trainer, *a)))
         train(track, Options(data_dir=tiny_data, log_dir=tmp_path, sample_tokens=0), cpu())
     assert_equal(trainers[0].owned(), final(undisturbed))
 

@@ -30,7 +30,7 @@ from train_gpt import (
     SpeedrunError,
     Stage,
     Track,
-    check,
+    check_numbers,
     require_rows,
     require_tokens,
     shard_identity,
@@ -378,9 +378,9 @@ def test_processes_that_cannot_share_the_rows_are_refused(tmp_path):
     write_shards(tmp_path, [GOOD])
     write_shards(tmp_path, [GOOD], split="val")
     track = track_with([(6, 9)], steps_each=1)
-    check(track, Options(), cpu(rank=1, world_size=4))
+    check_numbers(track, Options(), cpu(rank=1, world_size=4))
     with pytest.raises(SpeedrunError, match="3 processes cannot share the 8 rows"):
-        check(track, Options(), cpu(rank=1, world_size=3))
+        check_numbers(track, Options(), cpu(rank=1, world_size=3))
 
 
 def test_a_run_needs_the_tokens_of_its_steps_and_no_more(tmp_path):

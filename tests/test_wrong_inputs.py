@@ -13,7 +13,17 @@ import torch
 from conftest import BOS, REPO, cpu, documents, tiny_options, tiny_track, write_shard, write_tiny_data
 
 import train_gpt
-from train_gpt import RANGES, TRACKS, Optimizer, OptimizerConfig, Options, SpeedrunError, check, check_ranges, flatten
+from train_gpt import (
+    RANGES,
+    TRACKS,
+    Optimizer,
+    OptimizerConfig,
+    Options,
+    SpeedrunError,
+    check_numbers,
+    check_ranges,
+    flatten,
+)
 
 # Options of a tiny run, then what is wrong, and what the message says of it.
 NUMBERS = [
@@ -354,7 +364,7 @@ def test_sizes_that_fp8_cannot_take_are_refused(tiny_data):
     fp8, track = replace(cpu(), fp8=True), tiny_track(rows_per_step=2)
     stages = tuple(replace(stage, tokens=2 * 48) for stage in track.schedule.stages)
     fitting = replace(track, schedule=replace(track.schedule, stages=stages, extension=stages[0]))
-    check(fitting, Options(), fp8)
+    check_numbers(fitting, Options(), fp8)
     odd = replace(fitting.schedule, extension=replace(stages[0], tokens=2 * 40))
     for wrong, said in (
         (
@@ -364,9 +374,9 @@ def test_sizes_that_fp8_cannot_take_are_refused(tiny_data):
         (replace(fitting, model=replace(track.model, head_dim=4)), "the width of the model is 8: FP8"),
         (replace(fitting, model=replace(track.model, vocab_multiple=8)), "makes 264 of the vocabulary: FP8"),
     ):
-        check(wrong, Options(), cpu())
+        check_numbers(wrong, Options(), cpu())
         with pytest.raises(SpeedrunError, match=said):
-            check(wrong, Options(), fp8)
+            check_numbers(wrong, Options(), fp8)
 
 
 @pytest.mark.parametrize("world_size", [3, 5, 16])
@@ -376,7 +386,7 @@ def test_processes_that_cannot_share_the_rows_are_refused(tiny_data, world_size)
         SpeedrunError,
         match=f"{world_size} processes cannot share the 8 rows of a step: change NPROC or --data.rows-per-step",
     ):
-        check(tiny_track(), Options(), cpu(world_size=world_size))
+        check_numbers(tiny_track(), Options(), cpu(world_size=world_size))
 
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf, -1])

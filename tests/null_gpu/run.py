@@ -147,14 +147,14 @@ def inside(trainer: Path, results: Path, arguments: list[str]) -> None:
 
     marked(train_gpt.Trainer, "train_step", lambda trainer, step: f"step {step}")
     marked(train_gpt.Trainer, "validate", lambda trainer, settings, *rest, **more: f"validation {settings.step}")
-    loop = train_gpt.training_loop
+    loop = train_gpt.Loop.run
 
-    def timed(*args, **kwargs):
+    def timed(self):
         mark(b"begin loop 0")
         gigabytes.clear()
-        return loop(*args, **kwargs)
+        return loop(self)
 
-    train_gpt.training_loop = timed
+    train_gpt.Loop.run = timed
     run = CachingAutotuner.run
 
     def counted(self, *args, **kwargs):
@@ -170,19 +170,18 @@ def inside(trainer: Path, results: Path, arguments: list[str]) -> None:
         return " ".join(map(str, train_gpt.generate(model, settings, [bos], num_tokens, seed, temperature=0.0)))
 
     train_gpt.text_sample = sampled
-    exchange, validate = train_gpt.Trainer.exchange, train_gpt.Trainer.validate
+    mean_loss, validate = train_gpt.Trainer.mean_loss, train_gpt.Trainer.validate
 
-    def exchanged(*args):
+    def finite_loss(*args):
         """Whether numbers that no kernel has computed are finite means nothing."""
-        with contextlib.suppress(train_gpt.SpeedrunError):
-            exchange(*args)
+        mean_loss(*args)
         return 0.0
 
     def validated(*args, **kwargs):
         validate(*args, **kwargs)
         return 0.0
 
-    train_gpt.Trainer.exchange, train_gpt.Trainer.validate = exchanged, validated
+    train_gpt.Trainer.mean_loss, train_gpt.Trainer.validate = finite_loss, validated
     if world > 1:  # collectives return at once: keep the ranks together as real ones would
         dist.broadcast_object_list = lambda *args, **kwargs: None
         step, calls = train_gpt.Trainer.train_step, iter(range(10**9))
