@@ -1,29 +1,69 @@
-"""What the scripts of this folder share: the shard format, and writing files that are whole or not there.
+"""What the scripts of this folder share: the shard format, files that are whole or not there, processes, the hub.
 
 A shard is 256 little-endian int32 of header (magic, version, token count, zeros), then the tokens as uint16. Every
 document starts with its BOS token.
 """
 
+from __future__ import annotations
+
 import argparse
 import contextlib
 import hashlib
+import json
+import multiprocessing
 import os
 import re
 import shutil
+import signal
 import struct
 import sys
-from collections.abc import Iterator
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, TypeVar
+
+if TYPE_CHECKING:  # a call that finds everything should not wait for it
+    import numpy as np
 
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024
 GPT2_BOS, GPT2_VOCAB_SIZE = 50256, 50257
 SHARD_TOKENS = 100_000_000  # of the public FineWeb shards
 TEMPORARY_SUFFIX = ".tmp"
+HUB_WAITS = (1, 4, 16)  # seconds between attempts at a file of the hub, whose client tries by itself as well
+
+T = TypeVar("T")
 
 
 class ShardError(Exception):
     """Something the user can mend. The message says what was found, what was expected and what to do."""
+
+
+class HubError(ShardError):
+    """The Hugging Face hub does not give what is asked of it."""
+
+
+@contextlib.contextmanager
+def messages(script: str, ways_out: str = "") -> Iterator[None]:
+    """Ends the script with one message, and not with a traceback, where the body raises. HubErrors have ways out."""
+    try:
+        yield
+    except HubError as error:
+        sys.exit(f"data/{script}: error: {error}\n{ways_out}")
+    except (ShardError, OSError) as error:
+        sys.exit(f"data/{script}: error: {error}")
+    except KeyboardInterrupt:
+        print(f"data/{script}: interrupted. Finished shards are kept: the same command goes on", file=sys.stderr)
+        sys.stderr.flush()
+        os._exit(130)  # at once: threads may be downloading
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The format
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def shard_header(num_tokens: int) -> bytes:
@@ -79,6 +119,11 @@ def fingerprint(path: Path) -> dict[str, int]:
     return {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Files
+# ----------------------------------------------------------------------------------------------------------------------
+
+
 def publish(temporary: Path, path: Path) -> None:
     """Gives a complete file of the same folder its final name, once its content is on disk."""
     with open(temporary, "rb+") as file:
@@ -112,6 +157,29 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
     finally:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
+
+
+def write_json(path: Path, content: dict) -> None:
+    """As `new_file`, whose errors it raises."""
+    with new_file(path) as file:
+        file.write((json.dumps(content, indent=1) + "\n").encode())
+
+
+def write_shard(path: Path, parts: Iterable[np.ndarray], bos: int) -> dict[str, str | int]:
+    """Writes these tokens, each part (n,) little-endian uint16, as one shard; returns its entry of a sidecar.
+
+    As `new_file`, whose errors it raises.
+    """
+    tokens = documents = 0
+    with new_file(path) as file:
+        file.write(bytes(HEADER_BYTES))
+        for part in parts:
+            file.write(part.data)
+            tokens += len(part)
+            documents += int((part == bos).sum())
+        file.seek(0)
+        file.write(shard_header(tokens))
+    return {"sha256": sha256_of(path), "tokens": tokens, "documents": documents, **fingerprint(path)}
 
 
 @contextlib.contextmanager
@@ -149,3 +217,87 @@ def require_space(folder: Path, num_bytes: int) -> None:
             f"{folder} needs {num_bytes / 1e9:.2f} GB, but its disk has {free / 1e9:.2f} GB free: make room, or name a "
             "folder on another disk"
         )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Processes
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def start_worker() -> None:
+    """Ctrl-C is the first process's to handle; its death, however it comes, ends the workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def map_in_order(
+    function: Callable[..., T], tasks: Iterable[tuple[int, tuple]], workers: int, most: int
+) -> Iterator[T]:
+    """Yields function(*arguments) of each (size, arguments) in order, made by worker processes; one works right here.
+
+    To bound the memory, tasks whose results are not taken yet have at most `most` size together, or are one. Raises
+    what the function raises, and ShardError where a worker is killed. To be closed (contextlib.closing) by its user.
+    """
+    if workers == 1:
+        yield from (function(*arguments) for _, arguments in tasks)
+        return
+    # Spawned everywhere: a fork would copy the threads' locks of this process, but not the threads.
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker)
+    pending, in_flight = deque(), 0
+    try:
+        interrupted = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which workers inherit while they start
+        pool.submit(int)  # starts all of them
+        signal.signal(signal.SIGINT, interrupted)
+        for size, arguments in tasks:
+            while pending and in_flight + size > most:
+                done, future = pending.popleft()
+                yield future.result()
+                in_flight -= done
+            pending.append((size, pool.submit(function, *arguments)))
+            in_flight += size
+        while pending:
+            yield pending.popleft()[1].result()
+    except BrokenProcessPool as error:
+        raise ShardError(
+            "a worker process has ended: killed, or out of memory? Finished shards are kept: run the same command "
+            "again, with fewer --workers if memory is short"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The hub
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def hub_call(what: str, call: Callable[[], T], waits: Iterable[float]) -> T:
+    """Result of a call to the Hugging Face hub, made again after each of `waits` (seconds) where that can help.
+
+    Raises HubError where the hub refuses or cannot be reached, ShardError where the disk refuses.
+    """
+    # Before its import, which `call` should do: else huggingface_hub would first ask the hub for a list of AI agents,
+    # for its User-Agent.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    waits = iter(waits)
+    while True:
+        try:
+            return call()
+        except ShardError:
+            raise
+        except Exception as error:  # hub, HTTP client, TLS and Xet each have their own
+            if isinstance(error, OSError) and error.errno:
+                raise ShardError(f"{what} was not written: {error.strerror}. Mend that (free space, say)") from error
+            status = getattr(getattr(error, "response", None), "status_code", None)
+            wait = next(waits, None)
+            if wait is None or (status is not None and 400 <= status < 500 and status not in (408, 429)):
+                endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+                raise HubError(f"no {what} from {endpoint}: {error or type(error).__name__}") from error
+            print(f"{what}: {error}\ntrying again in {wait} s", file=sys.stderr)
+            time.sleep(wait)
