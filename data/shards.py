@@ -12,17 +12,17 @@ import hashlib
 import json
 import multiprocessing
 import os
+import queue
 import re
 import shutil
 import signal
 import struct
 import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, TypeVar
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:  # a call that finds everything should not wait for it
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024
 GPT2_BOS, GPT2_VOCAB_SIZE = 50256, 50257
 SHARD_TOKENS = 100_000_000  # of the public FineWeb shards
+MAX_SHARD_TOKENS = 2**31 - 1  # the header has an int32
 TEMPORARY_SUFFIX = ".tmp"
 HUB_WAITS = (1, 4, 16)  # seconds between attempts at a file of the hub, whose client tries by itself as well
 
@@ -61,17 +62,13 @@ def messages(script: str, ways_out: str = "") -> Iterator[None]:
         os._exit(130)  # at once: threads may be downloading
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The format
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- the format ----
 
 
 def shard_header(num_tokens: int) -> bytes:
     """The 1,024 bytes before the tokens. Raises ShardError where the count does not fit into an int32."""
-    if not 0 <= num_tokens < 2**31:
-        raise ShardError(
-            f"a shard of {num_tokens:,} tokens: its header holds at most {2**31 - 1:,}. Write smaller ones."
-        )
+    if not 0 <= num_tokens <= MAX_SHARD_TOKENS:
+        raise ShardError(f"a shard of {num_tokens:,} tokens: its header holds at most {MAX_SHARD_TOKENS:,}")
     return struct.pack("<3i", MAGIC, VERSION, num_tokens).ljust(HEADER_BYTES, b"\0")
 
 
@@ -92,6 +89,14 @@ def read_shard_header(path: Path) -> int:
     if num_tokens < 0 or size != expected:
         raise ShardError(f"{path} has {size:,} bytes, but its header of {num_tokens:,} tokens means {expected:,}")
     return num_tokens
+
+
+def is_whole(path: Path, num_tokens: int) -> bool:
+    """Whether the shard is as long as it should be: it got its name only once it was complete and on disk."""
+    try:
+        return read_shard_header(path) == num_tokens
+    except ShardError:
+        return False
 
 
 def amount(text: str) -> int:
@@ -119,9 +124,7 @@ def fingerprint(path: Path) -> dict[str, int]:
     return {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Files
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- files ----
 
 
 def publish(temporary: Path, path: Path) -> None:
@@ -165,15 +168,18 @@ def write_json(path: Path, content: dict) -> None:
         file.write((json.dumps(content, indent=1) + "\n").encode())
 
 
-def write_shard(path: Path, parts: Iterable[np.ndarray], bos: int) -> dict[str, str | int]:
+def write_shard(
+    path: Path, parts: Iterable[np.ndarray], bos: int, most: int = MAX_SHARD_TOKENS
+) -> dict[str, str | int]:
     """Writes these tokens, each part (n,) little-endian uint16, as one shard; returns its entry of a sidecar.
 
-    As `new_file`, whose errors it raises.
+    Of the parts it takes at most `most` tokens. As `new_file`, whose errors it raises.
     """
     tokens = documents = 0
     with new_file(path) as file:
         file.write(bytes(HEADER_BYTES))
         for part in parts:
+            part = part[: most - tokens]
             file.write(part.data)
             tokens += len(part)
             documents += int((part == bos).sum())
@@ -219,21 +225,22 @@ def require_space(folder: Path, num_bytes: int) -> None:
         )
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Processes
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- processes ----
 
 
-def start_worker() -> None:
-    """Ctrl-C is the first process's to handle; its death, however it comes, ends the workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-
-    def follow() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
+def work(connection: Connection) -> None:
+    """Life of a worker: answers each (function, arguments), until the other end is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the first process, which ends the workers
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            function, arguments = connection.recv()
+            try:
+                answer = function(*arguments), None
+            except Exception as error:
+                answer = None, error
+            del arguments  # they, and the answer, can be large
+            connection.send(answer)
+            del answer
 
 
 def map_in_order(
@@ -247,34 +254,53 @@ def map_in_order(
     if workers == 1:
         yield from (function(*arguments) for _, arguments in tasks)
         return
-    # Spawned everywhere: a fork would copy the threads' locks of this process, but not the threads.
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker)
+    # A thread and a pipe for each process, as ProcessPoolExecutor waits forever for the rest of a result whose sender
+    # was killed. Spawned everywhere: a fork would copy the threads' locks of this process, but not the threads.
+    context, pool = multiprocessing.get_context("spawn"), ThreadPoolExecutor(workers)
+    idle, processes = queue.SimpleQueue(), []
     pending, in_flight = deque(), 0
+
+    def call(arguments: tuple) -> T:
+        connection = idle.get()
+        try:
+            connection.send((function, arguments))
+            result, error = connection.recv()
+        except (EOFError, OSError):
+            raise ShardError(
+                "a worker process has ended: killed, or out of memory? Finished shards are kept: run the same command "
+                "again, with fewer --workers if memory is short"
+            ) from None
+        finally:
+            idle.put(connection)
+        if error:
+            raise error
+        return result
+
     try:
-        interrupted = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which workers inherit while they start
-        pool.submit(int)  # starts all of them
-        signal.signal(signal.SIGINT, interrupted)
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which a starting process inherits
+        for _ in range(workers):
+            ours, theirs = context.Pipe()
+            processes.append(context.Process(target=work, args=(theirs,), daemon=True))
+            processes[-1].start()
+            theirs.close()  # so that the pipe ends with the worker
+            idle.put(ours)
+        signal.signal(signal.SIGINT, handler)
         for size, arguments in tasks:
             while pending and in_flight + size > most:
                 done, future = pending.popleft()
                 yield future.result()
                 in_flight -= done
-            pending.append((size, pool.submit(function, *arguments)))
+            pending.append((size, pool.submit(call, arguments)))
             in_flight += size
         while pending:
             yield pending.popleft()[1].result()
-    except BrokenProcessPool as error:
-        raise ShardError(
-            "a worker process has ended: killed, or out of memory? Finished shards are kept: run the same command "
-            "again, with fewer --workers if memory is short"
-        ) from error
     finally:
+        for process in processes:
+            process.terminate()
         pool.shutdown(cancel_futures=True)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The hub
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- the hub ----
 
 
 def hub_call(what: str, call: Callable[[], T], waits: Iterable[float]) -> T:
