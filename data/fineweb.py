@@ -24,8 +24,8 @@ import contextlib
 import functools
 import glob
 import gzip
-import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -343,49 +343,43 @@ class TokenStream:
         for _ in self.take(skip):
             pass
 
-    def __bool__(self) -> bool:
-        """Whether there is another token. Reads on to find out."""
+    @property
+    def place(self) -> Place | None:
+        """Of the next token; None at the end. Reads on to find out."""
         while self._used == len(self._tokens):
             try:
                 self._start, self._tokens = next(self._batches)
             except StopIteration:
-                return False
+                return None
             self._used = 0
-        return True
+        return self._start._replace(skip=self._used)
 
     def take(self, count: int) -> Iterator[np.ndarray]:
         """The next `count` tokens, or all that are left, array by array."""
-        while count > 0 and self:
+        while count > 0 and self.place:
             part = self._tokens[self._used : self._used + count]
             self._used += len(part)
             count -= len(part)
             yield part
 
-    @property
-    def place(self) -> Place:
-        """Of the next token."""
-        return self._start._replace(skip=self._used)
 
-
-def write_shards(out: Path, record: dict, settings: Settings, stream: TokenStream) -> None:
+def write_shards(out: Path, record: dict, settings: Settings, limit: float, stream: TokenStream) -> None:
     """Writes what the record lacks, or its drawn validation shard, and each finished shard into the record."""
-    written, limit = record["shards"], record["limit"]
-    while not is_complete(record):
-        if not stream:
-            record["exhausted"] = True
-            return save(out, record)
+    written = record["shards"]
+    while stream.place and not is_complete(record, limit):
         drawn = settings.val_tokens if not written else None
-        left = settings.shard_tokens if limit is None else limit - total_of(record, "tokens")
-        count = min(drawn or settings.shard_tokens, left)
+        count = min(drawn or settings.shard_tokens, limit - total_of(record, "tokens"))
         name = f"{record['prefix']}_{'train' if written else 'val'}_{len(written):06d}.bin"
         shards.require_space(out, shards.HEADER_BYTES + 2 * count)
         entry = shards.write_shard(out / name, stream.take(count), record["bos"])
         written[name] = entry | {"next": Place(split="train") if drawn else stream.place}
-        record["exhausted"] = entry["tokens"] < count and not drawn
         save(out, record)
         print(f"{out / name}: {entry['tokens']:,} tokens", file=sys.stderr)
         if drawn:
-            return None
+            return
+    for shard in [*written.values()][-1:]:  # the end may come right after the validation shard
+        shard["next"] = stream.place
+    save(out, record)
 
 
 # ---- the record: what is written, and where the source goes on ----
@@ -395,8 +389,9 @@ def total_of(record: dict, what: str) -> int:
     return sum(shard[what] for shard in record["shards"].values())
 
 
-def is_complete(record: dict) -> bool:
-    return record["exhausted"] or (record["limit"] is not None and total_of(record, "tokens") >= record["limit"])
+def is_complete(record: dict, limit: float) -> bool:
+    """Whether there are as many tokens as are asked for, or all that the source has."""
+    return total_of(record, "tokens") >= limit or any(shard["next"] is None for shard in record["shards"].values())
 
 
 def save(out: Path, record: dict) -> None:
@@ -409,37 +404,27 @@ def load_record(out: Path, prefix: str) -> dict | None:
     Raises ShardError where there are shards without a record, or where it cannot be read.
     """
     path, way = out / f"{prefix}.json", "name another --out or --prefix, or remove what is there"
+    if not path.exists():
+        if strangers := sorted(out.glob(f"{prefix}_*.bin")):
+            raise ShardError(f"{out} holds {strangers[0].name}, but no {path.name} that says what it is of: {way}")
+        return None
     try:
         record = json.loads(path.read_bytes())
-        found = record["shards"].items()
-        record["shards"] = {name: shard | {"next": Place(*shard["next"])} for name, shard in found}
-        whole = itertools.takewhile(lambda item: shards.is_whole(out / item[0], item[1]["tokens"]), found)
-        for name in [*record["shards"]][len([*whole]) :]:
-            print(f"{out / name} is gone or damaged, or stands after such a one: writing it again")
-            del record["shards"][name]
-            record["exhausted"] = False
+        recorded, record["shards"] = record["shards"], {}
+        for name, shard in recorded.items():
+            if not shards.is_whole(out / name, shard["tokens"]):
+                print(f"{out / name} is gone or damaged: writing it and those after it again")
+                break
+            record["shards"][name] = shard | {"next": shard["next"] and Place(*shard["next"])}
         return record
-    except FileNotFoundError:
-        if strangers := sorted(out.glob(f"{prefix}_*.bin")):
-            raise ShardError(
-                f"{out} holds {strangers[0].name}, but no {path.name} that says what it is of: {way}"
-            ) from None
-        return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ShardError(f"{path} is not a record of this version of the script ({error!r}): {way}") from None
 
 
-def refuse_changes(out: Path, record: dict, settings: Settings, files: list[dict], limit: int | None) -> None:
-    """Raises ShardError where the folder holds the shards of other settings, files or limit.
-
-    Only the limit may be raised, and only where no shard was cut short by it.
-    """
+def refuse_changes(out: Path, record: dict, settings: Settings, files: list[dict]) -> None:
+    """Raises ShardError where the folder holds the shards of other settings or files."""
     described = lambda settings, files: settings | {file["name"]: f"{file['size']:,} bytes" for file in files}
     old, now = described(record["settings"], record["files"]), described(asdict(settings), files)
-    before = record["limit"]
-    raised = before is not None and (limit is None or limit > before) and before % settings.shard_tokens == 0
-    if not record["exhausted"] and not raised:
-        old, now = old | {"limit": before}, now | {"limit": limit}
     changes = [key for key in old | now if old.get(key, "") != now.get(key, "")]
     if changes:
         named = [f"{key} is {old.get(key, 'not there')}, now {now.get(key, 'not there')}" for key in changes[:5]]
@@ -519,21 +504,22 @@ def validation_rule(files: list[dict], tokenizer: str, limit: int | None) -> tup
 
 def build(arguments: argparse.Namespace, settings: Settings, files: list[dict] | None) -> tuple[dict, int]:
     """Writes the shards that the folder lacks. Returns the record, and how many tokens were written."""
-    out, limit = arguments.out, arguments.tokens
+    out, limit = arguments.out, arguments.tokens or math.inf
     record = load_record(out, arguments.prefix)
     if record is not None:
-        refuse_changes(out, record, settings, record["files"] if files is None else files, limit)
-        record["limit"] = limit
-        if is_complete(record):
+        refuse_changes(out, record, settings, record["files"] if files is None else files)
+        if is_complete(record, limit):
             return record, 0
+        *_, last = {"tokens": settings.shard_tokens}, *record["shards"].values()
+        if last["tokens"] < settings.shard_tokens and last["next"] != Place(split="train"):
+            record["shards"].popitem()  # a lower limit had cut it short: it is written again
     tokenizer = load_tokenizer(settings.tokenizer, settings.bos)
     if record is None:
         revision, listed = (None, files) if files is not None else list_hub(REPOS[arguments.source], arguments.sample)
         record = {"prefix": arguments.prefix, "settings": asdict(settings), "revision": revision, "files": listed}
-        record |= {"dataset": settings.source, "bos": tokenizer.bos, "vocab_size": tokenizer.vocab_size}
-        record |= {"limit": limit, "exhausted": False, "shards": {}}
+        record |= {"dataset": settings.source, "bos": tokenizer.bos, "vocab_size": tokenizer.vocab_size, "shards": {}}
     before = total_of(record, "tokens")
-    known = limit or (SAMPLE_TOKENS[arguments.sample] if files is None else 0)
+    known = arguments.tokens or (SAMPLE_TOKENS[arguments.sample] if files is None else 0)
     shards.require_space(out, 2 * max(known - before, 0))
     save(out, record)
 
@@ -542,17 +528,17 @@ def build(arguments: argparse.Namespace, settings: Settings, files: list[dict] |
         staging = out / f".{arguments.prefix}.staging"
         fetch = functools.partial(hub_file, staging, REPOS[arguments.source], record["revision"])
     workers = min(arguments.workers, 1 + sum(file["size"] for file in record["files"]) // BATCH_BYTES)
-    while not is_complete(record):
+    while not is_complete(record, limit):
         *_, start = Place(split=settings.one_in and "val"), *(shard["next"] for shard in record["shards"].values())
         documents = read(record["files"], fetch, start, settings)
         tasks = ((size, (batch, settings, start.split)) for size, batch in batched(documents))
         most = BATCHES_PER_WORKER * workers * BATCH_BYTES
         with contextlib.closing(shards.map_in_order(tokenize, tasks, workers, most)) as tokens:
-            write_shards(out, record, settings, TokenStream(tokens, start.skip))
-    if not record["shards"]:
-        (out / f"{arguments.prefix}.json").unlink()
-        few = ", or too few to draw one for validation" if settings.one_in else ""
-        raise ShardError(f"the input has no documents{few}: nothing was written")
+            write_shards(out, record, settings, limit, TokenStream(tokens, start.skip))
+        if not record["shards"]:
+            (out / f"{arguments.prefix}.json").unlink()
+            few = ", or too few to draw one for validation" if settings.one_in else ""
+            raise ShardError(f"the input has no documents{few}: nothing was written")
     return record, total_of(record, "tokens") - before
 
 
