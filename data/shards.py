@@ -298,6 +298,8 @@ def map_in_order(
         for process in processes:
             process.terminate()
         pool.shutdown(cancel_futures=True)
+        for process in processes:
+            process.join()
 
 
 # ---- the hub ----
