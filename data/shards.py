@@ -58,6 +58,7 @@ def messages(script: str, ways_out: str = "") -> Iterator[None]:
         sys.exit(f"data/{script}: error: {error}")
     except KeyboardInterrupt:
         print(f"data/{script}: interrupted. Finished shards are kept: the same command goes on", file=sys.stderr)
+        sys.stdout.flush()
         sys.stderr.flush()
         os._exit(130)  # at once: threads may be downloading
 
