@@ -476,7 +476,7 @@ def list_hub(repo: str, sample: str) -> tuple[str, list[dict]]:
 
 @contextlib.contextmanager
 def hub_file(staging: Path, repo: str, revision: str, file: dict) -> Iterator[str]:
-    """Path of a file of the hub in the staging folder, which is gone once it was read to its end."""
+    """Path of a file of the hub in the staging folder, which is gone once that was read."""
 
     def download() -> str:
         from huggingface_hub import hf_hub_download
@@ -485,8 +485,10 @@ def hub_file(staging: Path, repo: str, revision: str, file: dict) -> Iterator[st
 
     shutil.rmtree(staging, ignore_errors=True)  # what a killed call has left
     shards.require_space(staging, file["size"])
-    yield shards.hub_call(file["name"], download, shards.HUB_WAITS)
-    shutil.rmtree(staging)
+    try:
+        yield shards.hub_call(file["name"], download, shards.HUB_WAITS)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 # ---- the run ----

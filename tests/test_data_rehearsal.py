@@ -74,7 +74,7 @@ def shards(folder: Path) -> dict[str, bytes]:
 
 
 def tokens_of(path: Path) -> np.ndarray:
-    """Tokens of a shard of SPEC section 2."""
+    """Tokens of a shard, whose header has to be right."""
     header = np.fromfile(path, "<i4", 256)
     tokens = np.fromfile(path, "<u2", offset=1024)
     assert header.tolist() == [20240520, 1, len(tokens), *[0] * 253]
