@@ -21,43 +21,26 @@ names a mirror of the hub, HF_TOKEN an account with a higher rate limit.
 
 import argparse
 import contextlib
-import errno
 import functools
 import glob
 import gzip
 import json
-import multiprocessing
+import math
 import os
-import queue
 import re
 import shutil
-import signal
 import sys
-import threading
 import time
 import zlib
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from multiprocessing.connection import Connection, wait
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from shards import (
-    HEADER_BYTES,
-    SHARD_TOKENS,
-    ShardError,
-    amount,
-    available_cores,
-    exclusive,
-    fingerprint,
-    new_file,
-    read_shard_header,
-    require_space,
-    sha256_of,
-    shard_header,
-)
+import shards
+from shards import SHARD_TOKENS, ShardError, amount
 
 REPOS = {"fineweb": "HuggingFaceFW/fineweb", "fineweb-edu": "HuggingFaceFW/fineweb-edu"}
 SAMPLE_TOKENS = {"10BT": 10_000_000_000, "100BT": 100_000_000_000}  # nominal
@@ -65,8 +48,8 @@ SUFFIXES = (".jsonl", ".jsonl.gz", ".txt", ".parquet")
 ENDOFTEXT = "<|endoftext|>"
 BYTES_BOS = 256  # bytes are 0..255
 MAX_VOCAB_SIZE = 65_536  # tokens are uint16
-PIECE_BYTES = 1 << 18  # read at once from a jsonl or txt file
-MAX_PIECE_ROWS = 512  # read at once from a parquet file, less where rows are long
+PIECE_BYTES = 1 << 18  # read at once from a txt file
+PARQUET_ROWS = 64  # read at once: few, as rows can be long
 BATCH_BYTES = 1 << 20  # of text to a worker at once: a tenth of a second's work
 BATCHES_PER_WORKER = 4  # in flight, so that no worker waits for another one's long document
 BYTES_PER_TOKEN, COMPRESSION = 4, 4  # about: of text in GPT-2's tokens, and in *.gz and *.parquet
@@ -76,10 +59,34 @@ PLACES = [re.compile(place, re.DOTALL) for place in PLACES]
 # What a run takes: tokens of a validation row with its last target, and at most of training (a row of `nano` skips what
 # does not fit of its last document: at most as much again as it holds).
 TAKES = {"nano": (16_385, 120 * 2 * 2049), "small": (262_145, 565_000_000)}
-RETRY_SECONDS = (1, 4, 16, 64)  # between attempts to reach the hub, whose client resumes a cut download by itself
+WAYS_OUT = """Finished shards are kept. Three ways out:
+  1. run the same command again: it goes on from there
+  2. use a mirror of the hub: HF_ENDPOINT=https://…
+  3. tokenize files that you have: --input FOLDER --shard-tokens 100M"""
 
 
-# Tokenizers
+@dataclass(frozen=True)
+class Settings:
+    """All that the shards depend on beside the input; a folder holds those of one."""
+
+    source: str  # "--input", or dataset and sample of the hub
+    text_field: str
+    tokenizer: str
+    tokenizer_sha256: str | None  # of a file
+    bos: str | None
+    shard_tokens: int
+    max_document: int | None  # tokens, with BOS; None: documents are never cut
+    one_in: int | None = None  # documents is for validation; None: the first shard is
+    val_tokens: int | None = None  # of them, at most
+
+    @property
+    def max_bytes(self) -> int | None:
+        """At which a document is cut before its tokens are known."""
+        per_token = 1 if self.tokenizer == "bytes" else BYTES_PER_TOKEN
+        return self.max_document and (self.max_document - 1) * per_token
+
+
+# ---- tokenizers ----
 
 
 class Tokenizer(NamedTuple):
@@ -98,7 +105,11 @@ def load_tokenizer(name: str, bos_token: str | None = None) -> Tokenizer:
             raise ShardError(f"--bos {bos_token}: the tokenizer `bytes` always has BOS {BYTES_BOS}: leave --bos out")
         return Tokenizer(lambda text: np.frombuffer(text.encode(), np.uint8), BYTES_BOS, BYTES_BOS + 1)
     token = bos_token or ENDOFTEXT
-    encode, bos, vocab_size = (load_file if name.endswith(".json") else load_tiktoken)(name, token)
+    library, load = ("tokenizers", load_file) if name.endswith(".json") else ("tiktoken", load_tiktoken)
+    try:
+        encode, bos, vocab_size = load(name, token)
+    except ImportError:
+        raise ShardError(f"tokenizer {name} needs {library}: pip install {library}") from None
     if vocab_size > MAX_VOCAB_SIZE:
         raise ShardError(f"tokenizer {name} has {vocab_size:,} tokens, but shards hold at most {MAX_VOCAB_SIZE:,}")
     if bos is None:
@@ -113,10 +124,8 @@ def load_tokenizer(name: str, bos_token: str | None = None) -> Tokenizer:
 
 def load_tiktoken(name: str, bos_token: str) -> tuple[Callable[[str], np.ndarray], int | None, int]:
     """Encoder, BOS and vocabulary size of an encoding of tiktoken."""
-    try:
-        import tiktoken
-    except ImportError:
-        raise ShardError(f"tokenizer {name} needs tiktoken: pip install tiktoken") from None
+    import tiktoken
+
     if name not in (names := tiktoken.list_encoding_names()):
         raise ShardError(f"no tokenizer {name}: expected bytes, a file *.json, or one of tiktoken's {', '.join(names)}")
     try:
@@ -127,21 +136,19 @@ def load_tiktoken(name: str, bos_token: str) -> tuple[Callable[[str], np.ndarray
             "copy the folder TIKTOKEN_CACHE_DIR of a machine where it was used, or name a Hugging Face tokenizer.json "
             "(--tokenizer FILE; that of the model gpt2 gives the same tokens)"
         ) from error
-    try:
-        bos = encoding.encode_single_token(bos_token)
-    except KeyError:
-        bos = None
     # As encode_ordinary, but an array: a list of Python integers takes 15 times the memory.
     encode = functools.partial(encoding.encode_to_numpy, disallowed_special=())
-    return encode, bos, encoding.max_token_value + 1
+    try:
+        return encode, encoding.encode_single_token(bos_token), encoding.max_token_value + 1
+    except KeyError:
+        return encode, None, encoding.max_token_value + 1
 
 
 def load_file(name: str, bos_token: str) -> tuple[Callable[[str], np.ndarray], int | None, int]:
     """Encoder, BOS and vocabulary size of a Hugging Face tokenizers file."""
-    try:
-        import tokenizers
-    except ImportError:
-        raise ShardError(f"tokenizer {name} needs tokenizers: pip install tokenizers") from None
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
+    import tokenizers
+
     try:
         tokenizer = tokenizers.Tokenizer.from_file(name)
     except Exception as error:  # the library raises plain Exceptions
@@ -156,35 +163,28 @@ def load_file(name: str, bos_token: str) -> tuple[Callable[[str], np.ndarray], i
     return encode, tokenizer.token_to_id(bos_token), 1 + max(tokenizer.get_vocab().values(), default=0)
 
 
-# Reading, in the first process
+# ---- reading, in the first process ----
 
 
-class Position(NamedTuple):
-    """Where a shard begins in the source. Any place to start reading from will do: `skip` does the rest."""
+class Place(NamedTuple):
+    """Where a shard begins in the source. Any document to start reading from will do: `skip` does the rest."""
 
     file: int = 0  # of the record's list
-    offset: int = 0  # jsonl: byte of the decompressed text; txt: byte; parquet: row
-    number: int = 0  # of the lines of a jsonl, of the pieces of a txt before `offset`
+    number: int = 0  # of the document in it
     skip: int = 0  # tokens from there on that belong to the shards before
     split: str | None = None  # "val" or "train", which alone is read; None: all
 
 
-class Rules(NamedTuple):
-    """What a document is, and which ones are for validation."""
-
-    text_field: str
-    max_tokens: int | None  # of a document, without BOS; None: it is never cut
-    max_bytes: int | None  # at which it is cut before its tokens are known
-    one_in: int | None  # documents is for validation
-
-
-class Piece(NamedTuple):
-    """Some documents of one file."""
-
+class Document(NamedTuple):
     path: str
-    start: Position
-    content: bytes | list  # jsonl: whole lines; parquet, txt: texts
-    size: int  # bytes
+    file: int  # of the record's list
+    number: int  # in it: of lines of a jsonl, rows of a parquet, pieces of a txt
+    content: bytes | str | None  # jsonl: the line
+
+    def where(self) -> str:
+        if self.path.endswith(".txt"):
+            return self.path
+        return f"{self.path}, {'row' if self.path.endswith('.parquet') else 'line'} {self.number + 1}"
 
 
 def cut(text: bytes, max_bytes: int) -> Iterator[bytes]:
@@ -198,143 +198,99 @@ def cut(text: bytes, max_bytes: int) -> Iterator[bytes]:
     yield text[begin:]
 
 
-def read_text(path: str, start: Position, max_bytes: int) -> Iterator[Piece]:
+def read_text(path: str, max_bytes: int) -> Iterator[bytes]:
     with open(path, "rb") as file:
-        file.seek(start.offset)
         rest = b""
         while content := file.read(max(PIECE_BYTES, max_bytes)):
-            *texts, rest = cut(rest + content, max_bytes)
-            size = sum(map(len, texts))
-            yield Piece(path, start, texts, size)
-            start = start._replace(offset=start.offset + size, number=start.number + len(texts))
-        yield Piece(path, start, [rest], len(rest))
+            *pieces, rest = cut(rest + content, max_bytes)
+            yield from pieces
+        yield rest
 
 
-def read_jsonl(path: str, start: Position) -> Iterator[Piece]:
+def read_lines(path: str) -> Iterator[bytes]:
     with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
-        file.seek(start.offset)
-        while content := file.read(PIECE_BYTES):
-            content += file.readline()
-            yield Piece(path, start, content, len(content))
-            number = start.number + content.count(b"\n")
-            start = start._replace(offset=start.offset + len(content), number=number)
+        yield from file
 
 
-def read_parquet(path: str, start: Position, column: str) -> Iterator[Piece]:
+def read_parquet(path: str, column: str) -> Iterator[str | None]:
     try:
         from pyarrow.parquet import ParquetFile
     except ImportError:
         raise ShardError(f"{path} needs pyarrow: pip install pyarrow") from None
     with ParquetFile(path, buffer_size=1 << 20) as file:  # buffered: a column of a row group can be gigabytes
-        if column not in file.schema_arrow.names:
-            raise ShardError(
-                f"{path} has no column {column}, but {', '.join(file.schema_arrow.names)}: name one with --text-field"
-            )
-        groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
-        num_bytes = sum(group.total_byte_size for group in groups)
-        piece_rows = min(max(BATCH_BYTES * file.metadata.num_rows // max(num_bytes, 1), 1), MAX_PIECE_ROWS)
-        row = group = 0  # the row group with the first row, which is numbered `row`
-        while group < len(groups) and row + groups[group].num_rows <= start.offset:
-            row, group = row + groups[group].num_rows, group + 1
-        for batch in file.iter_batches(piece_rows, range(group, len(groups)), columns=[column]):
-            batch = batch.slice(skipped := min(max(start.offset - row, 0), len(batch)))
-            if len(batch):
-                try:
-                    texts = batch.column(0).to_pylist()
-                except UnicodeDecodeError as error:
-                    first = row + skipped + 1
-                    raise ShardError(f"{path}, rows {first} to {row + skipped + len(batch)}: {error}") from error
-                yield Piece(path, start._replace(offset=row + skipped), texts, batch.nbytes)
-            row += skipped + len(batch)
+        if column not in (names := file.schema_arrow.names):
+            raise ShardError(f"{path} has no column {column}, but {', '.join(names)}: name one with --text-field")
+        for batch in file.iter_batches(PARQUET_ROWS, columns=[column]):
+            yield from batch.column(0).to_pylist()
 
 
-def read_pieces(files: list[dict], fetch: Callable, start: Position, rules: Rules) -> Iterator[Piece]:
+def read(files: list[dict], fetch: Callable, start: Place, settings: Settings) -> Iterator[Document]:
     """The source from `start` on. `fetch(file)` is a context that yields the path of a file.
 
     Raises ShardError naming the file which cannot be read.
     """
-    start = start._replace(skip=0)
     for index in range(start.file, len(files)):
         try:
             with fetch(files[index]) as path:
                 if path.endswith(".parquet"):
-                    yield from read_parquet(path, start, rules.text_field)
+                    contents = read_parquet(path, settings.text_field)
                 elif path.endswith(".txt"):
-                    yield from read_text(path, start, rules.max_bytes or files[index]["size"] + 1)
+                    contents = read_text(path, settings.max_bytes or files[index]["size"] + 1)
                 else:
-                    yield from read_jsonl(path, start)
+                    contents = read_lines(path)
+                for number, content in enumerate(contents):
+                    if (index, number) >= start[:2]:
+                        yield Document(path, index, number, content)
         except (OSError, EOFError, ValueError, zlib.error) as error:  # pyarrow's are OSError and ValueError
             raise ShardError(f"{files[index]['name']} cannot be read: {error}") from error
-        start = Position(index + 1, split=start.split)
 
 
-def batched(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-    """Groups pieces, also of several files, to about BATCH_BYTES."""
+def batched(documents: Iterable[Document]) -> Iterator[tuple[int, list[Document]]]:
+    """Groups documents, also of several files, to about BATCH_BYTES; yields their size with them."""
     batch, size = [], 0
-    for piece in pieces:
-        batch.append(piece)
-        size += piece.size + 100  # so that even a million of empty files are some batches
+    for document in documents:
+        batch.append(document)
+        size += len(document.content or "") + 100  # so that even a million of empty files are some batches
         if size >= BATCH_BYTES:
-            yield batch
+            yield size, batch
             batch, size = [], 0
     if batch:
-        yield batch
+        yield size, batch
 
 
-# Tokenizing, in the workers
+# ---- tokenizing, in the workers ----
+
+tokenizer_of = functools.cache(load_tokenizer)
 
 
-def work(connection: Connection, name: str, bos_token: str | None, rules: Rules) -> None:
-    """Life of a worker: answers each batch with its tokens, or with the ShardError that they raise, in order."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the first process, which ends the workers
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
-    batches: queue.SimpleQueue[list[Piece]] = queue.SimpleQueue()
-
-    def receive() -> None:
-        try:
-            while True:
-                batches.put(connection.recv())
-        finally:  # the first process is gone, be it by SIGKILL
-            os._exit(1)
-
-    # A thread, so that the next batch is here before this one is done, and so that sending it never blocks.
-    threading.Thread(target=receive, daemon=True).start()
-    tokenizer = load_tokenizer(name, bos_token)
-    while True:
-        try:
-            result = tokenize(batches.get(), tokenizer, rules)
-        except ShardError as error:
-            result = error
-        connection.send(result)
-        del result
-
-
-def tokenize(pieces: list[Piece], tokenizer: Tokenizer, rules: Rules) -> np.ndarray:
-    """Tokens (n,) uint16 of the documents of the pieces, each after its BOS. Raises ShardError naming file and line."""
+def tokenize(documents: list[Document], settings: Settings, split: str | None) -> tuple[Place, np.ndarray]:
+    """Place of these documents, and their tokens (n,) uint16, each after its BOS. Raises ShardError naming the line."""
+    tokenizer = tokenizer_of(settings.tokenizer, settings.bos)
+    place = Place(documents[0].file, documents[0].number, split=split)
     parts = [np.empty(0, dtype="<u2")]
-    while pieces:
-        split = pieces[0].start.split
-        for where, first, text in documents(pieces.pop(0), rules.text_field):
-            try:
-                text = text.encode()
-            except UnicodeEncodeError:  # JSON can escape half of a surrogate pair: U+FFFD, as tiktoken does
-                text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
-            try:
-                for number, part in enumerate(cut(text, rules.max_bytes or len(text)), first):
-                    if split is None or (split == "val") == is_drawn(number, rules.one_in):
-                        parts += encode(part, tokenizer, rules.max_tokens)
-            except BaseException as error:  # a panic of the libraries' Rust code is no Exception
-                raise ShardError(f"{where}: the tokenizer failed on this document: {error}") from None
-    return np.concatenate(parts, dtype="<u2", casting="unsafe")
+    documents.reverse()
+    while documents:
+        document = documents.pop()  # and not kept: it can have half a gigabyte
+        text, number, where = text_of(document, settings.text_field), document.file + document.number, document.where()
+        del document
+        try:
+            for i, part in enumerate(cut(text, settings.max_bytes or len(text))):
+                if part and (split is None or (split == "val") == is_drawn(number + i, settings.one_in)):
+                    parts += encode(part, tokenizer, settings.max_document)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # a panic of the libraries' Rust code is no Exception
+            raise ShardError(f"{where}: the tokenizer failed on this document: {error}") from None
+    return place, np.concatenate(parts, dtype="<u2", casting="unsafe")
 
 
-def encode(text: bytes, tokenizer: Tokenizer, max_tokens: int | None) -> list[np.ndarray]:
-    """BOS and the tokens of a text, of parts of it where they are more than `max_tokens`."""
+def encode(text: bytes, tokenizer: Tokenizer, most: int | None) -> list[np.ndarray]:
+    """BOS and the tokens of a text, of parts of it where they are more than `most`."""
     tokens = tokenizer.encode(text.decode())
-    if max_tokens is None or len(tokens) <= max_tokens:
+    if most is None or 1 + len(tokens) <= most:
         return [np.array([tokenizer.bos]), tokens]
-    parts = cut(text, max(len(text) * max_tokens // len(tokens), 4))
-    return [array for part in parts for array in encode(part, tokenizer, max_tokens)]
+    parts = cut(text, max(len(text) * (most - 1) // len(tokens), 4))
+    return [array for part in parts for array in encode(part, tokenizer, most)]
 
 
 def is_drawn(number: int, one_in: int) -> bool:
@@ -346,205 +302,100 @@ def is_drawn(number: int, one_in: int) -> bool:
     return place == (zlib.crc32(b"%d" % run) - zlib.crc32(b"0")) % one_in
 
 
-def documents(piece: Piece, text_field: str) -> Iterator[tuple[str, int, str]]:
-    """Where it stands, its number, and the text, of each document which is not empty.
-
-    Raises ShardError where one is not text.
-    """
-    path, start, content, _ = piece
-    del piece  # what is done with is let go at once: a document can have half a gigabyte
-    if path.endswith(".parquet"):
-        for row, text in enumerate(content, start.offset):
-            if checked(text, where := f"{path}, row {row + 1}"):
-                yield where, start.file + row, text
-    elif path.endswith(".txt"):
-        for number, text in enumerate(content, start.file + start.number):
-            try:
-                if text:
-                    yield path, number, text.decode()
-            except UnicodeDecodeError as error:
-                raise ShardError(f"{path} cannot be read as UTF-8: {error}") from None
-    else:
-        lines, line = content.split(b"\n")[::-1], start.number
-        del content
-        while lines:
-            source, line = lines.pop(), line + 1
-            if not source.strip():
-                continue
-            where = f"{path}, line {line}"
-            try:
-                source = source.decode()
-                fields = json.loads(source)
-            except (ValueError, RecursionError) as error:
-                raise ShardError(f"{where} is not JSON in UTF-8: {error}") from None
-            if not isinstance(fields, dict) or text_field not in fields:
-                found = f"the fields {', '.join(fields)}" if isinstance(fields, dict) else f"a {type(fields).__name__}"
-                raise ShardError(f"{where}: expected an object with the field {text_field} (see --text-field): {found}")
-            del source
-            if text := checked(fields.pop(text_field), where):
-                yield where, start.file + line - 1, text
-
-
-def checked(text: object, where: str) -> str | None:
-    if text is None or isinstance(text, str):  # none is as good as empty
-        return text
-    raise ShardError(f"{where}: expected a text, found a {type(text).__name__}: name another --text-field")
-
-
-# Handing out the work, in the first process. Not by ProcessPoolExecutor: its threads wait forever for the rest of a
-# result whose sender was killed, and so would Ctrl-C.
-
-
-@contextlib.contextmanager
-def start_workers(count: int, *settings) -> Iterator[list[Connection]]:
-    """Connections to processes that tokenize. None of them is left afterwards, whatever happens."""
-    context = multiprocessing.get_context("spawn")  # everywhere: forking a process that has threads (pyarrow) can hang
-    connections, processes = [], []
-    try:
-        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which a starting process inherits
+def text_of(document: Document, text_field: str) -> bytes:
+    """The text of a document in UTF-8; b"" where it has none. Raises ShardError naming the line where it is no text."""
+    content, where = document.content, document.where()
+    if document.path.endswith(".txt"):
         try:
-            for _ in range(count):
-                ours, theirs = context.Pipe()
-                process = context.Process(target=work, args=(theirs, *settings), daemon=True)
-                process.start()
-                processes.append(process)
-                theirs.close()  # so that the connection ends with the worker
-                connections.append(ours)
-        finally:
-            signal.signal(signal.SIGINT, handler)
-        yield connections
-    finally:
-        for process in processes:
-            process.terminate()
-        for process in processes:
-            process.join()
-
-
-class Job:
-    """A batch in flight: sent, but its tokens not yet written."""
-
-    def __init__(self, batch: list[Piece]):
-        self.start, self.size = batch[0].start, sum(piece.size for piece in batch)
-        self.result: np.ndarray | ShardError | None = None
-
-
-def tokenize_all(batches: Iterator[list[Piece]], workers: list[Connection]) -> Iterator[tuple[Position, np.ndarray]]:
-    """Start and tokens of each batch, in order. Of large documents, only one is in flight.
-
-    Raises ShardError where a document is not text, and where a worker ends.
-    """
-    jobs: deque[Job] = deque()  # in order
-    jobs_of: dict[Connection, deque[Job]] = {worker: deque() for worker in workers}
-    batch = next(batches, None)
+            return content.decode().encode()
+        except UnicodeDecodeError as error:
+            raise ShardError(f"{where} cannot be read as UTF-8: {error}") from None
+    if isinstance(content, bytes):
+        if not content.strip():
+            return b""
+        try:
+            fields = json.loads(content.decode())
+        except (ValueError, RecursionError) as error:
+            raise ShardError(f"{where} is not JSON in UTF-8: {error}") from None
+        if not isinstance(fields, dict) or text_field not in fields:
+            found = f"the fields {', '.join(fields)}" if isinstance(fields, dict) else f"a {type(fields).__name__}"
+            raise ShardError(f"{where}: expected an object with the field {text_field} (see --text-field): {found}")
+        content = fields[text_field]
+    if content is None:
+        return b""
+    if not isinstance(content, str):
+        raise ShardError(f"{where}: expected a text, found a {type(content).__name__}: name another --text-field")
     try:
-        while jobs or batch:
-            worker = min(workers, key=lambda worker: len(jobs_of[worker]))
-            if batch and len(jobs_of[worker]) < 2:  # one at work, one waiting
-                job = Job(batch)
-                in_flight = sum(other.size for other in jobs)
-                if not jobs or in_flight + job.size <= BATCHES_PER_WORKER * len(workers) * BATCH_BYTES:
-                    worker.send(batch)
-                    jobs.append(job)
-                    jobs_of[worker].append(job)
-                    batch = next(batches, None)
-                    continue
-            if jobs[0].result is None:
-                for ready in wait([worker for worker in workers if jobs_of[worker]]):
-                    jobs_of[ready].popleft().result = ready.recv()
-            else:
-                job = jobs.popleft()
-                if isinstance(job.result, ShardError):
-                    raise job.result
-                yield job.start, job.result
-    except (OSError, EOFError):
-        raise ShardError(
-            "a worker process has ended: killed, or out of memory? Finished shards are kept: run the same command "
-            "again, with fewer --workers if memory is short"
-        ) from None
+        return content.encode()
+    except UnicodeEncodeError:  # JSON can escape half of a surrogate pair: U+FFFD, as tiktoken does
+        return content.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
 
 
-# Writing, in the first process
+# ---- writing, in the first process ----
 
 
 class TokenStream:
-    """The tokens from a position of the source on."""
+    """The tokens from a place of the source on."""
 
-    def __init__(self, batches: Iterator[tuple[Position, np.ndarray]], skip: int):
+    def __init__(self, batches: Iterator[tuple[Place, np.ndarray]], skip: int):
         self._batches, self._start = batches, None
         self._tokens, self._used = np.empty(0, dtype="<u2"), 0
         for _ in self.take(skip):
             pass
 
-    def __bool__(self) -> bool:
-        """Whether there is another token. Reads on to find out."""
+    @property
+    def place(self) -> Place | None:
+        """Of the next token; None at the end. Reads on to find out."""
         while self._used == len(self._tokens):
             try:
                 self._start, self._tokens = next(self._batches)
             except StopIteration:
-                return False
+                return None
             self._used = 0
-        return True
+        return self._start._replace(skip=self._used)
 
     def take(self, count: int) -> Iterator[np.ndarray]:
         """The next `count` tokens, or all that are left, array by array."""
-        while count > 0 and self:
+        while count > 0 and self.place:
             part = self._tokens[self._used : self._used + count]
             self._used += len(part)
             count -= len(part)
             yield part
 
-    @property
-    def position(self) -> Position:
-        """Of the next token."""
-        return self._start._replace(skip=self._used)
 
-
-def write_shards(out: Path, record: dict, stream: TokenStream, progress: Callable[[int], object]) -> None:
+def write_shards(out: Path, record: dict, settings: Settings, limit: float, stream: TokenStream) -> None:
     """Writes what the record lacks, or its drawn validation shard, and each finished shard into the record."""
-    shards, settings, limit = record["shards"], record["settings"], record["limit"]
-    drawn = None if shards else settings["validation tokens"]
-    while not is_complete(record) and stream:
-        left = settings["shard tokens"] if limit is None else limit - total_of(record, "tokens")
-        count = min(drawn or settings["shard tokens"], left)
-        name = f"{record['prefix']}_{'train' if shards else 'val'}_{len(shards):06d}.bin"
-        require_space(out, HEADER_BYTES + 2 * count)
-        tokens = documents = 0
-        with new_file(out / name) as file:
-            file.write(shard_header(count))
-            for part in stream.take(count):
-                file.write(part)
-                tokens += len(part)
-                documents += int(np.count_nonzero(part == record["bos"]))
-                progress(len(part))
-            if tokens < count:  # the source has come to its end
-                file.seek(0)
-                file.write(shard_header(tokens))
-        position = Position(split="train") if drawn else stream.position
-        entry = {"sha256": sha256_of(out / name), "tokens": tokens, "documents": documents, **fingerprint(out / name)}
-        shards[name] = entry | {"next": position._asdict()}
-        record["exhausted"] = tokens < count and not drawn
+    written = record["shards"]
+    while stream.place and not is_complete(record, limit):
+        drawn = settings.val_tokens if not written else None
+        count = min(drawn or settings.shard_tokens, limit - total_of(record, "tokens"))
+        name = f"{record['prefix']}_{'train' if written else 'val'}_{len(written):06d}.bin"
+        shards.require_space(out, shards.HEADER_BYTES + 2 * count)
+        entry = shards.write_shard(out / name, stream.take(count), record["bos"])
+        written[name] = entry | {"next": Place(split="train") if drawn else stream.place}
         save(out, record)
+        print(f"{out / name}: {entry['tokens']:,} tokens", file=sys.stderr)
         if drawn:
             return
-    if not is_complete(record):
-        record["exhausted"] = True
-        save(out, record)
+    for shard in [*written.values()][-1:]:  # the end may come right after the validation shard
+        shard["next"] = stream.place
+    save(out, record)
 
 
-# The record: what is written, and where the source goes on
+# ---- the record: what is written, and where the source goes on ----
 
 
 def total_of(record: dict, what: str) -> int:
     return sum(shard[what] for shard in record["shards"].values())
 
 
-def is_complete(record: dict) -> bool:
-    return record["exhausted"] or (record["limit"] is not None and total_of(record, "tokens") >= record["limit"])
+def is_complete(record: dict, limit: float) -> bool:
+    """Whether there are as many tokens as are asked for, or all that the source has."""
+    return total_of(record, "tokens") >= limit or any(shard["next"] is None for shard in record["shards"].values())
 
 
 def save(out: Path, record: dict) -> None:
-    with new_file(out / f"{record['prefix']}.json") as file:
-        file.write((json.dumps(record, indent=1) + "\n").encode())
+    shards.write_json(out / f"{record['prefix']}.json", record)
 
 
 def load_record(out: Path, prefix: str) -> dict | None:
@@ -552,114 +403,72 @@ def load_record(out: Path, prefix: str) -> dict | None:
 
     Raises ShardError where there are shards without a record, or where it cannot be read.
     """
-    path = out / f"{prefix}.json"
+    path, way = out / f"{prefix}.json", "name another --out or --prefix, or remove what is there"
     if not path.exists():
         if strangers := sorted(out.glob(f"{prefix}_*.bin")):
-            raise ShardError(
-                f"{out} holds {strangers[0].name}, but no {path.name} that says what it was made from: name another "
-                "folder or --prefix, or remove the shards"
-            )
+            raise ShardError(f"{out} holds {strangers[0].name}, but no {path.name} that says what it is of: {way}")
         return None
     try:
         record = json.loads(path.read_bytes())
         recorded, record["shards"] = record["shards"], {}
         for name, shard in recorded.items():
-            with contextlib.suppress(ShardError):
-                if read_shard_header(out / name) == shard["tokens"]:
-                    record["shards"][name] = shard
-                    continue
-            print(f"{out / name} is gone or damaged: writing it and those after it again")
-            record["exhausted"] = False
-            break
+            if not shards.is_whole(out / name, shard["tokens"]):
+                print(f"{out / name} is gone or damaged: writing it and those after it again")
+                break
+            record["shards"][name] = shard | {"next": shard["next"] and Place(*shard["next"])}
         return record
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        way = "name another --out or --prefix, or remove it and its shards"
         raise ShardError(f"{path} is not a record of this version of the script ({error!r}): {way}") from None
 
 
-def refuse_changes(out: Path, record: dict, settings: dict, files: list[dict] | None, limit: int | None) -> None:
-    """Raises ShardError where the folder holds the shards of other settings, files (None: as recorded) or limit.
-
-    Only the limit may be raised, and only where no shard was cut short by it.
-    """
-    sizes = lambda files: {f"input {file['name']}": f"{file['size']:,} bytes" for file in files}
-    old = record["settings"] | sizes(record["files"])
-    now = settings | sizes(record["files"] if files is None else files)
-    old_limit = record["limit"]
-    raised = old_limit is not None and (limit is None or limit > old_limit)
-    if not record["exhausted"] and not (raised and old_limit % settings["shard tokens"] == 0):
-        old, now = old | {"limit": old_limit}, now | {"limit": limit}
-    changes = [key for key in old | now if key not in old or key not in now or old[key] != now[key]]
-    changes = [f"{key} is {old.get(key, 'not there')}, now {now.get(key, 'not there')}" for key in changes]
+def refuse_changes(out: Path, record: dict, settings: Settings, files: list[dict]) -> None:
+    """Raises ShardError where the folder holds the shards of other settings or files."""
+    described = lambda settings, files: settings | {file["name"]: f"{file['size']:,} bytes" for file in files}
+    old, now = described(record["settings"], record["files"]), described(asdict(settings), files)
+    changes = [key for key in old | now if old.get(key, "") != now.get(key, "")]
     if changes:
+        named = [f"{key} is {old.get(key, 'not there')}, now {now.get(key, 'not there')}" for key in changes[:5]]
         more = f" and {len(changes) - 5} more" if len(changes) > 5 else ""
         raise ShardError(
-            f"{out} holds shards made with other settings, and is left as it is: {'; '.join(changes[:5])}{more}. Name "
+            f"{out} holds shards made with other settings, and is left as it is: {'; '.join(named)}{more}. Name "
             "another --out or --prefix, or repeat the settings"
         )
 
 
-# Sources
+# ---- sources ----
 
 
 def find_files(patterns: list[str]) -> list[dict]:
-    """Name (absolute path) and size of each file, sorted by name. Raises ShardError where a pattern has no match.
+    """Name (absolute path) and size of each file, sorted by name; of a folder, all with a known suffix in and below it.
 
-    Of a folder, all files with a known suffix in it and below it.
+    Raises ShardError where a pattern matches no file, or one of another suffix.
     """
     paths = set()
     for pattern in patterns:
-        folder = os.path.isdir(pattern)
-        wanted = os.path.join(glob.escape(pattern), "**") if folder else pattern
-        matches = [pattern] if os.path.isfile(pattern) else glob.glob(wanted, recursive=True)
-        matches = [os.path.abspath(path) for path in matches if os.path.isfile(path)]
-        matches = [path for path in matches if path.endswith(SUFFIXES) or not folder]
-        if not matches:
-            raise ShardError(f"--input {pattern} matches no file {', '.join(SUFFIXES)}")
-        for path in matches:
-            if not path.endswith(SUFFIXES):
-                raise ShardError(f"{path}: --input takes {', '.join(SUFFIXES)}; name only those")
-        paths.update(matches)
+        folder, wanted = os.path.isdir(pattern), glob.escape(pattern) if os.path.exists(pattern) else pattern
+        matches = glob.glob(os.path.join(wanted, "**") if folder else wanted, recursive=True)
+        matches = {os.path.abspath(path) for path in matches if os.path.isfile(path)}
+        known = {path for path in matches if path.endswith(SUFFIXES)}
+        if not known or (known != matches and not folder):
+            found = min(matches - known, default="none")
+            raise ShardError(f"--input {pattern}: expected files {', '.join(SUFFIXES)}, found {found}")
+        paths |= known
     return [{"name": path, "size": os.path.getsize(path)} for path in sorted(paths)]
-
-
-def hub_call(what: str, call: Callable):
-    """Result of a call to the hub, which is repeated where that can help. Raises ShardError where it does not."""
-    for delay in (*RETRY_SECONDS, None):
-        try:
-            return call()
-        except ShardError:
-            raise
-        except Exception as error:  # hub, HTTP client, TLS and disk each have their own
-            status = getattr(getattr(error, "response", None), "status_code", None)
-            refused = status is not None and 400 <= status < 500 and status not in (408, 429)
-            full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EROFS, errno.EACCES)
-            if delay is None or refused or full:
-                endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-                raise ShardError(
-                    f"no {what} from {endpoint}: {error}\nFinished shards are kept. Three ways out:\n"
-                    "  1. run the same command again: it goes on from there\n"
-                    "  2. use a mirror of the hub: HF_ENDPOINT=https://…\n"
-                    "  3. tokenize files that you have: --input FOLDER --shard-tokens 100M"
-                ) from error
-            print(f"{what}: {error}\ntrying again in {delay} s", file=sys.stderr)
-            time.sleep(delay)
 
 
 def list_hub(repo: str, sample: str) -> tuple[str, list[dict]]:
     """Present revision of the dataset, and the files of its sample in that revision."""
-    from huggingface_hub import HfApi  # here: its import would slow down every start that does not need it
-    from huggingface_hub.hf_api import RepoFile
-
-    api, folder = HfApi(), f"sample/{sample}"
+    folder = f"sample/{sample}"
 
     def listed() -> tuple[str, list[dict]]:
-        revision = api.dataset_info(repo).sha
-        tree = api.list_repo_tree(repo, folder, repo_type="dataset", revision=revision)
-        files = [item for item in tree if isinstance(item, RepoFile) and item.path.endswith(".parquet")]
-        return revision, [{"name": file.path, "size": file.size} for file in sorted(files, key=lambda file: file.path)]
+        from huggingface_hub import HfApi
 
-    revision, files = hub_call(f"list of {repo}/{folder}", listed)
+        revision = HfApi().dataset_info(repo).sha
+        tree = HfApi().list_repo_tree(repo, folder, repo_type="dataset", revision=revision)
+        files = sorted((item for item in tree if item.path.endswith(".parquet")), key=lambda item: item.path)
+        return revision, [{"name": file.path, "size": file.size} for file in files]
+
+    revision, files = shards.hub_call(f"list of {repo}/{folder}", listed, waits=())
     if not files:
         raise ShardError(f"{repo} has no parquet files in {folder}, revision {revision}")
     return revision, files
@@ -667,28 +476,22 @@ def list_hub(repo: str, sample: str) -> tuple[str, list[dict]]:
 
 @contextlib.contextmanager
 def hub_file(staging: Path, repo: str, revision: str, file: dict) -> Iterator[str]:
-    """Path of a file of the hub in the staging folder; it is gone once it was read to its end."""
-    from huggingface_hub import hf_hub_download
+    """Path of a file of the hub in the staging folder, which is gone once that was read."""
 
-    name, size = file["name"], file["size"]
-    path = staging / name
+    def download() -> str:
+        from huggingface_hub import hf_hub_download
 
-    def download() -> None:
-        for other in staging.rglob("*"):  # what killed downloads leave has new names every time, and is never resumed
-            if other != path and other.suffix in (".incomplete", ".parquet"):
-                other.unlink()
-        if not path.exists():
-            require_space(staging, size)
-        hf_hub_download(repo, name, repo_type="dataset", revision=revision, local_dir=staging)
+        return hf_hub_download(repo, file["name"], repo_type="dataset", revision=revision, local_dir=staging)
 
-    hub_call(name, download)
-    if path.stat().st_size != size:
-        raise ShardError(f"{path} has {path.stat().st_size:,} bytes, but the hub's list says {size:,}: remove it")
-    yield str(path)
-    path.unlink()
+    shutil.rmtree(staging, ignore_errors=True)  # what a killed call has left
+    shards.require_space(staging, file["size"])
+    try:
+        yield shards.hub_call(file["name"], download, shards.HUB_WAITS)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
-# The run
+# ---- the run ----
 
 
 def validation_rule(files: list[dict], tokenizer: str, limit: int | None) -> tuple[int, int]:
@@ -701,50 +504,43 @@ def validation_rule(files: list[dict], tokenizer: str, limit: int | None) -> tup
     return one_in, min(SHARD_TOKENS, max(limit // one_in, 1) if limit else SHARD_TOKENS)
 
 
-def build(out: Path, arguments: argparse.Namespace, settings: dict, files: list[dict] | None) -> tuple[dict, int]:
+def build(arguments: argparse.Namespace, settings: Settings, files: list[dict] | None) -> tuple[dict, int]:
     """Writes the shards that the folder lacks. Returns the record, and how many tokens were written."""
-    record, limit = load_record(out, arguments.prefix), arguments.tokens
-    staging = out / f".{arguments.prefix}.staging"  # for files of the hub
+    out, limit = arguments.out, arguments.tokens or math.inf
+    record = load_record(out, arguments.prefix)
     if record is not None:
-        refuse_changes(out, record, settings, files, limit)
-        record["limit"] = limit
-        if is_complete(record):
-            shutil.rmtree(staging, ignore_errors=True)
+        refuse_changes(out, record, settings, record["files"] if files is None else files)
+        if is_complete(record, limit):
             return record, 0
-    tokenizer = load_tokenizer(arguments.tokenizer, arguments.bos)
+        *_, last = {"tokens": settings.shard_tokens}, *record["shards"].values()
+        if last["tokens"] < settings.shard_tokens and last["next"] != Place(split="train"):
+            record["shards"].popitem()  # a lower limit had cut it short: it is written again
+    tokenizer = load_tokenizer(settings.tokenizer, settings.bos)
     if record is None:
         revision, listed = (None, files) if files is not None else list_hub(REPOS[arguments.source], arguments.sample)
-        record = {"prefix": arguments.prefix, "settings": settings, "revision": revision, "files": listed}
-        record |= {"dataset": settings["source"], "bos": tokenizer.bos, "vocab_size": tokenizer.vocab_size}
-        record |= {"limit": limit, "exhausted": False, "shards": {}}
+        record = {"prefix": arguments.prefix, "settings": asdict(settings), "revision": revision, "files": listed}
+        record |= {"dataset": settings.source, "bos": tokenizer.bos, "vocab_size": tokenizer.vocab_size, "shards": {}}
     before = total_of(record, "tokens")
-    known = limit or (SAMPLE_TOKENS[arguments.sample] if files is None else 0)
-    require_space(out, 2 * max(known - before, 0))
+    known = arguments.tokens or (SAMPLE_TOKENS[arguments.sample] if files is None else 0)
+    shards.require_space(out, 2 * max(known - before, 0))
     save(out, record)
 
     fetch = lambda file: contextlib.nullcontext(file["name"])
     if files is None:
+        staging = out / f".{arguments.prefix}.staging"
         fetch = functools.partial(hub_file, staging, REPOS[arguments.source], record["revision"])
-    most, one_in = settings["max document"] and settings["max document"] - 1, settings["validation one in"]
-    width = 1 if arguments.tokenizer == "bytes" else BYTES_PER_TOKEN
-    rules = Rules(arguments.text_field, most, most and most * width, one_in)
-    num_workers = min(arguments.workers, 1 + sum(file["size"] for file in record["files"]) // BATCH_BYTES)
-    from tqdm import tqdm
-
-    options = {"unit": "token", "unit_scale": True, "initial": before, "total": limit}
-    with tqdm(desc=arguments.prefix, disable=None, **options) as bar:  # None: only on a terminal
-        while not is_complete(record):
-            shards = list(record["shards"].values())
-            start = Position(**shards[-1]["next"]) if shards else Position(split=one_in and "val")
-            with start_workers(num_workers, arguments.tokenizer, arguments.bos, rules) as workers:
-                pieces = read_pieces(record["files"], fetch, start, rules)
-                stream = TokenStream(tokenize_all(batched(pieces), workers), start.skip)
-                write_shards(out, record, stream, bar.update)
-    shutil.rmtree(staging, ignore_errors=True)
-    if not record["shards"]:
-        (out / f"{arguments.prefix}.json").unlink()
-        few = ", or too few to draw one for validation" if one_in else ""
-        raise ShardError(f"the input has no documents{few}: nothing was written")
+    workers = min(arguments.workers, 1 + sum(file["size"] for file in record["files"]) // BATCH_BYTES)
+    while not is_complete(record, limit):
+        *_, start = Place(split=settings.one_in and "val"), *(shard["next"] for shard in record["shards"].values())
+        documents = read(record["files"], fetch, start, settings)
+        tasks = ((size, (batch, settings, start.split)) for size, batch in batched(documents))
+        most = BATCHES_PER_WORKER * workers * BATCH_BYTES
+        with contextlib.closing(shards.map_in_order(tokenize, tasks, workers, most)) as tokens:
+            write_shards(out, record, settings, limit, TokenStream(tokens, start.skip))
+        if not record["shards"]:
+            (out / f"{arguments.prefix}.json").unlink()
+            few = ", or too few to draw one for validation" if settings.one_in else ""
+            raise ShardError(f"the input has no documents{few}: nothing was written")
     return record, total_of(record, "tokens") - before
 
 
@@ -766,7 +562,7 @@ def parse_command() -> argparse.Namespace:
     cut = "cut documents of more tokens, or of 4N bytes (default: of --input 8192, as bytes 2048; else none)"
     add("--max-document", type=amount, metavar="N", help=cut)
     add("--prefix", default="fineweb", help="of the file names (default: fineweb)")
-    cores = available_cores()
+    cores = shards.available_cores()
     add("--workers", type=amount, default=cores, metavar="K", help="tokenizing processes (default here: %(default)s)")
     arguments = parser.parse_args()
     if arguments.input and (arguments.source or arguments.sample):
@@ -790,34 +586,30 @@ def parse_command() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_command()
-    start = time.perf_counter()
-    try:
-        name = arguments.tokenizer
-        settings = {
-            "source": f"{arguments.source}, sample {arguments.sample}" if arguments.source else "--input",
-            "text field": arguments.text_field,
-            "tokenizer": f"{Path(name).name}, SHA-256 {sha256_of(Path(name))}" if name.endswith(".json") else name,
-            "bos": arguments.bos,
-            "shard tokens": arguments.shard_tokens,
-            "max document": arguments.max_document,
-        }
+    start, name = time.perf_counter(), arguments.tokenizer
+    with shards.messages("fineweb.py", WAYS_OUT):
+        settings = Settings(
+            source=f"{arguments.source}, sample {arguments.sample}" if arguments.source else "--input",
+            text_field=arguments.text_field,
+            tokenizer=name,
+            tokenizer_sha256=shards.sha256_of(Path(name)) if name.endswith(".json") else None,
+            bos=arguments.bos,
+            shard_tokens=arguments.shard_tokens,
+            max_document=arguments.max_document,
+        )
         files = find_files(arguments.input) if arguments.input else None
-        one_in, most = validation_rule(files, name, arguments.tokens) if arguments.draws else (None, None)
-        settings |= {"validation one in": one_in, "validation tokens": most}
-        with exclusive(arguments.out):
-            record, written = build(arguments.out, arguments, settings, files)
-    except (ShardError, OSError) as error:
-        sys.exit(f"data/fineweb.py: error: {error}")
-    except KeyboardInterrupt:
-        print("data/fineweb.py: interrupted. Finished shards are kept: the same command goes on", file=sys.stderr)
-        sys.exit(130)
+        if arguments.draws:
+            one_in, most = validation_rule(files, name, arguments.tokens)
+            settings = replace(settings, one_in=one_in, val_tokens=most)
+        with shards.exclusive(arguments.out):
+            record, written = build(arguments, settings, files)
     seconds = time.perf_counter() - start
     speed = f"{seconds:.1f} s, {written / seconds:,.0f} tokens/s" if written else f"{seconds:.1f} s"
     val, *train = (shard["tokens"] for shard in record["shards"].values())
     print(
         f"{arguments.prefix} data: {'wrote' if written else 'found'} {total_of(record, 'documents'):,} documents, "
         f"{val + sum(train):,} tokens in {1 + len(train)} shards in {arguments.out} ({speed}), {val:,} for validation"
-        + (f": one document in {one_in}" if one_in else "")
+        + (f": one document in {settings.one_in}" if settings.one_in else "")
     )
     track = "nano" if name == "bytes" else "small"
     row, enough = TAKES[track]

@@ -25,7 +25,8 @@ from pathlib import Path
 
 import numpy as np
 
-from shards import ShardError, exclusive, fingerprint, new_file, sha256_of, shard_header
+import shards
+from shards import ShardError
 
 PACKAGES = {"sympy": "1.14.0", "networkx": "3.6.1"}  # whose sources define the track
 PINS = " ".join(f"{name}=={version}" for name, version in PACKAGES.items())  # as pip takes them
@@ -156,7 +157,7 @@ def shard_bytes(texts: list[bytes]) -> bytes:
     """The complete shard file of these documents: header, then BOS and bytes of each."""
     bos = np.array([BOS], dtype="<u2")
     tokens = np.concatenate([part for text in texts for part in (bos, np.frombuffer(text, np.uint8))], dtype="<u2")
-    return shard_header(len(tokens)) + tokens.tobytes()
+    return shards.shard_header(len(tokens)) + tokens.tobytes()
 
 
 def modified_files() -> list[str]:
@@ -192,7 +193,7 @@ def verified_sidecar(out: Path, versions: dict[str, str], names: tuple[str, str]
             sha256 = sidecar["shards"][name]["sha256"]
             if versions == PACKAGES and sha256 != PINNED_SHA256[name]:
                 return None
-            if sha256_of(out / name) != sha256:
+            if shards.sha256_of(out / name) != sha256:
                 return None
         return sidecar if sidecar["packages"] == versions else None
     except (OSError, ValueError, KeyError, TypeError):
@@ -204,7 +205,7 @@ def build(out: Path, versions: dict[str, str], tuning: bool) -> dict:
     sources, left_out = splits(tuning)
     if strangers := sorted(path.name for path in out.glob("*_*_*.bin") if path.name not in sources):
         raise ShardError(f"{out} also holds {strangers[0]}, which a run would read as well: name another --out")
-    shards, contents = {}, {}
+    entries, contents = {}, {}
     for name, texts in sources.items():
         if not texts:
             raise ShardError(f"the installed packages have no Python files for {name}. {RESTORE}")
@@ -213,18 +214,16 @@ def build(out: Path, versions: dict[str, str], tuning: bool) -> dict:
         sha256 = hashlib.sha256(contents[name]).hexdigest()
         if versions == PACKAGES:
             check_pin(name, sha256)
-        shards[name] = {"sha256": sha256, "tokens": len(found) + sum(map(len, found)), "documents": len(found)}
+        entries[name] = {"sha256": sha256, "tokens": len(found) + sum(map(len, found)), "documents": len(found)}
     for name, content in contents.items():
-        with new_file(out / name) as file:
+        with shards.new_file(out / name) as file:
             file.write(content)
-        shards[name] |= fingerprint(out / name)
+        entries[name] |= shards.fingerprint(out / name)
     dataset = "nano_tuning" if tuning else "nano" if versions == PACKAGES else "nano of other versions"
     sidecar = {"dataset": dataset, "packages": versions, "left_out": left_out, "bos": BOS, "vocab_size": VOCAB_SIZE}
-    sidecar["shards"] = shards
     # It vouches for the shards, so it comes last; killed before that, the next call starts again.
-    with new_file(out / SIDECAR) as file:
-        file.write((json.dumps(sidecar, indent=2) + "\n").encode())
-    return sidecar
+    shards.write_json(out / SIDECAR, sidecar | {"shards": entries})
+    return sidecar | {"shards": entries}
 
 
 def main() -> None:
@@ -237,16 +236,14 @@ def main() -> None:
     names = (TUNING_VAL_SHARD, TUNING_TRAIN_SHARD) if options.tuning else (VAL_SHARD, TRAIN_SHARD)
     out = options.out or Path(__file__).resolve().parent / ("nano_tuning" if options.tuning else "nano")
     start = time.perf_counter()
-    try:
+    with shards.messages("nano.py"):
         versions = installed_versions()
         sidecar, verb = verified_sidecar(out, versions, names), "found"
         if sidecar is None:
-            with exclusive(out):
+            with shards.exclusive(out):
                 sidecar = verified_sidecar(out, versions, names)  # another process may have written them meanwhile
                 if sidecar is None:
                     sidecar, verb = build(out, versions, options.tuning), "wrote"
-    except (ShardError, OSError) as error:
-        sys.exit(f"data/nano.py: error: {error}")
     val, train = (sidecar["shards"][name]["tokens"] for name in names)
     seconds = time.perf_counter() - start
     described = " and ".join(f"{name} {version}" for name, version in versions.items())

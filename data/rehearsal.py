@@ -16,48 +16,31 @@ floor that no model can pass. GPT-2's vocabulary; a document is BOS and 1 to `ma
 With the defaults the floor is 2.87 nats/token. Who knows the lists, but no more of the past than one token, gets to
 3.40: copies have to be attended to before `small`'s target of 3.28 is reached.
 
-Beside the shards, `rehearsal.json` has the settings, the entropy rate and the floor of the validation stream, and
-`rehearsal_source.npz` every probability as an integer. The same settings give the same bytes on every machine and for
-any number of workers. A call that was killed goes on with the first shard it did not finish; a folder with other
-settings, or with shards of other origin, is refused and left as it is.
+Beside the shards, `rehearsal_source.npz` has every probability as an integer, and `rehearsal.json` the settings and, of
+the first `predictions` predictions of the validation shard, `floor`, their mean -log p, which is the loss of a perfect
+model (a BOS is predicted like any other token; the past is the whole document, even where a model is shown only part of
+it), and `unigram`, the entropy of the frequencies of the tokens predicted there: what a model gets without any past.
+
+The same settings give the same bytes on every machine and for any number of workers. A call that was killed goes on
+with the first shard it did not finish; a folder with other settings, or with shards of other origin, is refused and
+left as it is.
 """
 
 import argparse
-import hashlib
 import json
 import math
-import multiprocessing
-import os
-import platform
-import signal
-import sys
-import threading
 import time
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, fields
-from functools import cached_property
+from functools import cache, cached_property
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
-from shards import (
-    GPT2_VOCAB_SIZE,
-    HEADER_BYTES,
-    SHARD_TOKENS,
-    ShardError,
-    amount,
-    available_cores,
-    exclusive,
-    fingerprint,
-    new_file,
-    read_shard_header,
-    require_space,
-    shard_header,
-)
+import shards
+from shards import GPT2_VOCAB_SIZE, SHARD_TOKENS, ShardError, amount
 
 FORMAT = 1  # of the sequence of tokens: another number for a change by which the same settings give other shards
 SIDECAR, SOURCE = "rehearsal.json", "rehearsal_source.npz"
@@ -68,15 +51,6 @@ LANE_TOKENS = 1 << 13  # a block is made in about 1,024 lanes side by side, long
 DRAW_BITS, LIST_BITS = 32, 16  # probabilities are integers / 2^32 for what is drawn once a document, else / 2^16
 SCORE_TOKENS = 1 << 18  # scored at a time
 CHAIN, COPY = 2**16 - 1, 2**16 - 2  # in the plan of a block, where no token can be said yet
-
-DEFINITIONS = {
-    "entropy_rate": "expected -log p(token | tokens before it in its document), nats/token, all predictions of an "
-    "endless stream: first tokens, the chain, markers, copies, and the BOS after each document's end",
-    "floor": "mean -log p of the first `predictions` predictions of the validation shard, which is the loss of a "
-    "perfect model on them. A BOS is predicted like any other token, by the chance that the document before ends "
-    "there; the past is the whole document, even where a model is shown only part of it",
-    "unigram": "entropy of the frequencies of the tokens predicted there: what a model gets without any past",
-}
 
 
 def option(default: int | float, help: str, parse=int) -> int | float:
@@ -291,31 +265,6 @@ class Source:
         """(max_length + 1,) of 2^32 documents, how many have at least 0, 1, 2, ... tokens after BOS."""
         return np.cumsum(self.length_counts[::-1])[::-1]
 
-    def entropy_rate(self) -> float:
-        """See DEFINITIONS. Exact: a document's length, and where its markers are, depend on no token."""
-        s = self.settings
-        chain, p = entropy(self.branch_counts), 1 / s.marker_one_in
-        marker = -p * math.log(p) - (1 - p) * math.log(1 - p)
-        ends = self.length_counts / np.maximum(self.alive, 1)  # chance that after token t the document ends
-
-        # Of documents that reach token t: chance that it is a marker (or BOS), and that a marker may follow it.
-        is_marker, may_mark = np.zeros(s.max_length + 2), 0.0
-        is_marker[0] = 1
-        copying = 0.0
-        expected = np.zeros(s.max_length + 1)  # entropy of the token after token t, if there is one
-        expected[0] = entropy(self.first_counts)
-        for t in range(1, s.max_length + 1):
-            may_mark *= 1 - p
-            if t >= s.copy_distance - 1:
-                may_mark += is_marker[t - s.copy_distance + 1]
-            copying += is_marker[t]
-            if t - s.copy_length >= 1:
-                copying -= is_marker[t - s.copy_length]
-            is_marker[t + 1] = p * may_mark
-            expected[t] = (1 - copying) * chain + may_mark * (marker - p * chain)
-        in_document = self.alive @ ((1 - ends) * expected)
-        return float(in_document / self.alive.sum() + entropy(self.length_counts) / (self.alive.sum() / 2**DRAW_BITS))
-
     def surprises(self, tokens: np.ndarray) -> np.ndarray:
         """-log p of each token but the first, given those before it in its document, in nats.
 
@@ -347,17 +296,9 @@ class Source:
 
     def _branches(self, here: np.ndarray, following: np.ndarray) -> np.ndarray:
         """-log p of chain steps; infinite where the list of `here` lacks `following`."""
-        keys, costs = self._sorted_steps
-        wanted = here % self.settings.classes * 2**16 + following
-        found = np.minimum(np.searchsorted(keys, wanted), keys.size - 1)
-        return np.where(keys[found] == wanted, costs[found], np.inf)
-
-    @cached_property
-    def _sorted_steps(self) -> tuple[np.ndarray, np.ndarray]:
-        """All chain steps as 2^16 * class + next token, in order, and -log p of each."""
-        keys = (np.arange(self.settings.classes)[:, None] * 2**16 + self.lists).ravel()
-        order = np.argsort(keys)
-        return keys[order], surprise(self.branch_counts, 2**LIST_BITS)[order % self.settings.branches]
+        found = self.lists[here % self.settings.classes] == following[:, None]  # (n, branches)
+        costs = surprise(self.branch_counts, 2**LIST_BITS)[found.argmax(axis=1)]
+        return np.where(found.any(axis=1), costs, np.inf)
 
     def score(self, tokens: np.ndarray, predictions: int) -> dict[str, float]:
         """Floor and unigram entropy, as the sidecar has them, of the predictions in (predictions + 1,) tokens."""
@@ -372,7 +313,7 @@ class Source:
 
     def save(self, path: Path) -> None:
         """All probabilities, as integers of which those of a distribution add up to a power of two."""
-        with new_file(path) as file:
+        with shards.new_file(path) as file:
             np.savez(
                 file,
                 length_counts=self.length_counts,
@@ -382,58 +323,15 @@ class Source:
             )
 
 
-source: Source  # of a worker process
+source_of = cache(Source)  # once in each process
 
 
-def start_worker(settings: Settings) -> None:
-    """Sets a worker up. Ctrl-C is the main process's to handle; its death, however it comes, ends the worker."""
-    global source
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-
-    def follow() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
-    source = Source(settings)
-
-
-def make_block(*task: int) -> np.ndarray:
-    return source.block(*task)
-
-
-def make_blocks(settings: Settings, tasks: Iterable[tuple[int, int, int]], workers: int) -> Iterator[np.ndarray]:
-    """Yields the block of each task in order. At most two per worker are made ahead, to bound the memory."""
-    if workers == 1:
-        here = Source(settings)
-        yield from (here.block(*task) for task in tasks)
-        return
-    # Spawned everywhere: a fork would copy the threads' locks of this process, but not the threads.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, start_worker, (settings,))
-    pending: deque = deque()
-    try:
-        interrupted = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which workers inherit while they start
-        pool.submit(int)  # starts all of them
-        signal.signal(signal.SIGINT, interrupted)
-        for task in tasks:
-            pending.append(pool.submit(make_block, *task))
-            if len(pending) == 2 * workers:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    except BrokenProcessPool as error:
-        raise ShardError(
-            "a worker process was killed, as a system does that is short of memory. Finished shards are kept: run the "
-            "same command again with fewer --workers"
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
+def make_block(settings: Settings, *task: int) -> np.ndarray:
+    return source_of(settings).block(*task)
 
 
 def read_sidecar(out: Path, settings: Settings) -> dict | None:
-    """The sidecar of a folder, None where there is none yet.
+    """The sidecar of a folder, less the shards that are gone or damaged; None where there is none yet.
 
     Raises ShardError where the folder holds other settings, or shards that are not of these.
     """
@@ -449,25 +347,16 @@ def read_sidecar(out: Path, settings: Settings) -> dict | None:
             raise ShardError(f"{out} holds {min(found)}, but no {SIDECAR} says what it is. {advice}") from None
         return None
     except (ValueError, TypeError, KeyError) as error:
-        raise ShardError(
-            f"{out / SIDECAR} is no sidecar of this version of the script ({error!r}). {advice}"
-        ) from error
+        problem = f"{out / SIDECAR} is no sidecar of this version of the script ({error!r})"
+        raise ShardError(f"{problem}. {advice}") from error
     wanted = {"format": FORMAT, **asdict(settings)}
     differences = [f"{k} {had.get(k)} (now {wanted.get(k)})" for k in had | wanted if had.get(k) != wanted.get(k)]
     if differences:
         raise ShardError(f"{out} holds shards of other settings: {', '.join(differences)}. {advice}")
     if foreign := found - set(settings.shards):
         raise ShardError(f"{out} also holds {min(foreign)}, which a run would read as well. {advice}")
-    sidecar["shards"] = {k: v for k, v in listed.items() if k in found and is_whole(out / k, settings.shards[k])}
+    sidecar["shards"] = {k: v for k, v in listed.items() if shards.is_whole(out / k, settings.shards[k])}
     return sidecar
-
-
-def is_whole(path: Path, num_tokens: int) -> bool:
-    """Whether the shard is as long as it should be. A shard gets its name only once it is complete and on disk."""
-    try:
-        return read_shard_header(path) == num_tokens
-    except ShardError:
-        return False
 
 
 def is_complete(out: Path, settings: Settings, sidecar: dict | None) -> bool:
@@ -476,65 +365,38 @@ def is_complete(out: Path, settings: Settings, sidecar: dict | None) -> bool:
     return set(sidecar["shards"]) == set(settings.shards)
 
 
-def write_sidecar(out: Path, sidecar: dict) -> None:
-    with new_file(out / SIDECAR) as file:
-        file.write((json.dumps(sidecar, indent=2) + "\n").encode())
-
-
 def build(out: Path, settings: Settings, sidecar: dict | None, workers: int) -> dict:
     """Writes what the folder lacks; returns the sidecar. The folder must be held with `exclusive`."""
     from tqdm import tqdm  # here: its import would slow down every start that has its data
 
-    sizes = settings.shards
-    missing = [name for name in sizes if sidecar is None or name not in sidecar["shards"]]
-    require_space(out, sum(HEADER_BYTES + 2 * sizes[name] for name in missing) + 4 * 2**20)
-    here = Source(settings)
-    sidecar = sidecar or {
-        "format": FORMAT,
-        "settings": asdict(settings),
-        "versions": {"python": platform.python_version(), "numpy": np.__version__},
-        "dataset": "rehearsal",
-        "bos": settings.bos,
-        "vocab_size": settings.vocab_size,
-        "marker": settings.marker,
-        "definitions": DEFINITIONS,
-        "entropy_rate": here.entropy_rate(),
-        "shards": {},
-    }
-    write_sidecar(out, sidecar)  # first, so that no shard is ever of unknown settings
-    here.save(out / SOURCE)
+    sizes, source = settings.shards, Source(settings)
+    sidecar = sidecar or {"format": FORMAT, "settings": asdict(settings), "dataset": "rehearsal", "shards": {}}
+    sidecar |= {"bos": settings.bos, "vocab_size": settings.vocab_size, "marker": settings.marker}
+    missing = [name for name in sizes if name not in sidecar["shards"]]
+    shards.require_space(out, sum(shards.HEADER_BYTES + 2 * sizes[name] for name in missing) + 4 * 2**20)
+    shards.write_json(out / SIDECAR, sidecar)  # first, so that no shard is ever of unknown settings
+    source.save(out / SOURCE)
 
     numbers = {name: number for number, name in enumerate(sizes)}
+    starts = {name: range(0, sizes[name], BLOCK_TOKENS) for name in missing}
     tasks = [
-        (numbers[name], block, min(BLOCK_TOKENS, sizes[name] - begin))
+        (1, (settings, numbers[name], block, min(BLOCK_TOKENS, sizes[name] - begin)))
         for name in missing
-        for block, begin in enumerate(range(0, sizes[name], BLOCK_TOKENS))
+        for block, begin in enumerate(starts[name])
     ]
-    with (
-        closing(make_blocks(settings, tasks, min(workers, len(tasks)))) as blocks,
-        tqdm(total=sum(sizes[name] for name in missing), unit="tok", unit_scale=True, disable=None) as bar,
-    ):
-        for name in missing:
-            sha256, written, documents = hashlib.sha256(header := shard_header(sizes[name])), 0, 0
-            with new_file(out / name) as file:
-                file.write(header)
-                for _ in range(0, sizes[name], BLOCK_TOKENS):  # blocks are a little longer: the last document is cut
-                    tokens = next(blocks)[: sizes[name] - written]
-                    file.write(tokens.data)
-                    os.fsync(file.fileno())  # block by block, while the workers go on: a whole shard would stall them
-                    sha256.update(tokens.data)
-                    written += len(tokens)
-                    documents += int(np.count_nonzero(tokens == settings.bos))
-                    bar.update(len(tokens))
-            entry = {"sha256": sha256.hexdigest(), "tokens": written, "documents": documents}
-            written_ones = sidecar["shards"] | {name: entry | fingerprint(out / name)}
-            sidecar["shards"] = {name: written_ones[name] for name in sizes if name in written_ones}
-            write_sidecar(out, sidecar)
+    workers = max(min(workers, len(tasks)), 1)
+    with closing(shards.map_in_order(make_block, tasks, workers, 2 * workers)) as blocks:
+        for name in tqdm(missing, unit="shard", disable=None):
+            # Blocks are a little longer than asked for: the last document of a shard is cut.
+            entry = shards.write_shard(out / name, islice(blocks, len(starts[name])), settings.bos, sizes[name])
+            written = sidecar["shards"] | {name: entry}
+            sidecar["shards"] = {name: written[name] for name in sizes if name in written}
+            shards.write_json(out / SIDECAR, sidecar)
     if "floor" not in sidecar:
         predictions = min(VAL_PREDICTIONS, settings.val_tokens - 1)
-        val = np.fromfile(out / next(iter(sizes)), "<u2", count=predictions + 1, offset=HEADER_BYTES)
-        sidecar |= here.score(val, predictions)
-        write_sidecar(out, sidecar)
+        val = np.fromfile(out / next(iter(sizes)), "<u2", count=predictions + 1, offset=shards.HEADER_BYTES)
+        sidecar |= source.score(val, predictions)
+        shards.write_json(out / SIDECAR, sidecar)
     return sidecar
 
 
@@ -544,7 +406,7 @@ def main() -> None:
     )
     default = Path(__file__).resolve().parent / "rehearsal"
     parser.add_argument("--out", type=Path, default=default, metavar="DIR", help="folder of the shards (%(default)s)")
-    cores = available_cores()
+    cores = shards.available_cores()
     # With more than four the one process that writes and hashes what they make does not keep up.
     parser.add_argument("--workers", type=int, default=min(cores, 4), metavar="N", help="processes (%(default)s)")
     for f in fields(Settings):
@@ -554,25 +416,21 @@ def main() -> None:
     out, workers = options.pop("out"), options.pop("workers")
     settings = Settings(**options)
     start = time.perf_counter()
-    try:
+    with shards.messages("rehearsal.py"):
         settings.check()
         if workers < 1:
             raise ShardError(f"--workers: found {workers}, expected at least 1")
         sidecar, verb = read_sidecar(out, settings), "found"
         if not is_complete(out, settings, sidecar):
-            with exclusive(out):
+            with shards.exclusive(out):
                 sidecar = read_sidecar(out, settings)  # another process may have written them meanwhile
                 if not is_complete(out, settings, sidecar):
                     sidecar, verb = build(out, settings, sidecar, workers), "wrote"
-    except (ShardError, OSError) as error:
-        sys.exit(f"data/rehearsal.py: error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("data/rehearsal.py: interrupted. Finished shards are kept: the same command goes on from there")
     print(
         f"rehearsal data: {verb} {settings.tokens:,} train and {settings.val_tokens:,} val tokens in {out} "
         f"({time.perf_counter() - start:.1f} s)\n"
         f"nats/token: {sidecar['floor']:.4f} is the floor of the first {sidecar['predictions']:,} validation "
-        f"predictions (entropy rate {sidecar['entropy_rate']:.4f}, unigram entropy {sidecar['unigram']:.4f})"
+        f"predictions (unigram entropy {sidecar['unigram']:.4f})"
     )
 
 

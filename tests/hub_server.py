@@ -1,63 +1,44 @@
-"""A Hugging Face hub on 127.0.0.1 that serves the files of one dataset repo, with faults on demand.
-
-It speaks what a download needs: HEAD and GET of /datasets/REPO/resolve/main/FILE answer with the SHA-256 and size and
-redirect to a "CDN" of another origin, which knows ranges.
-"""
+"""A Hugging Face hub on 127.0.0.1 that serves the files of one dataset repo by plain HTTP, with faults on demand."""
 
 import hashlib
-import re
-import socket
-import struct
+import json
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import parse_qs, unquote
 
 CHUNK = 4096  # bytes sent at once
 
 
 @dataclass(frozen=True)
 class Fault:
-    """What goes wrong with one answer; by default nothing."""
+    """What goes wrong with one GET of a file."""
 
     status: int | None = None  # instead of the answer
-    headers: dict[str, str] = field(default_factory=dict)  # with that status
     cut_after: int | None = None  # bytes; then the connection ends without the rest
-    reset: bool = False  # it ends with a TCP reset
     content: bytes | None = None  # instead of the file's
-    no_range: bool = False  # the whole file, whatever range was asked for
-
-
-@dataclass(frozen=True)
-class Request:
-    method: str
-    kind: str  # "hub" or "cdn"
-    name: str
-    start: int  # of the range asked for
-    token: str | None
-    at: float  # seconds
 
 
 class HubServer(ThreadingHTTPServer):
-    """`faults[method, name]`: the faults of the next answers, in their order; `always[method, name]`: of all others.
+    """`faults[name]`: the faults of the next GETs of a file, in their order; `always[name]`: of all others.
 
-    `bytes_per_second` slows down each file; `token`, if set, is asked for; `xet` adds the headers of a file in Xet
-    storage; `direct` serves files without redirect, as a plain mirror may.
+    `revisions`: the files of each commit, the last one being the present one; `hashes`: what the hub says of a file
+    instead of its SHA-256; `bytes_per_second` slows down each file.
     """
 
     daemon_threads = True
     request_queue_size = 64
 
-    def __init__(self, repo: str, files: dict[str, bytes], port: int = 0):
-        super().__init__(("127.0.0.1", port), Handler)
-        self.repo, self.files = repo, dict(files)
-        self.hashes = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
-        self.faults: dict[tuple[str, str], list[Fault]] = {}
-        self.always: dict[tuple[str, str], Fault] = {}
+    def __init__(self, repo: str, files: dict[str, bytes] | None = None):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.repo = repo
+        self.revisions: dict[str, dict[str, bytes]] = {"c" * 40: dict(files)} if files else {}
+        self.hashes: dict[str, str] = {}
+        self.faults: dict[str, list[Fault]] = {}
+        self.always: dict[str, Fault] = {}
         self.bytes_per_second: float | None = None
-        self.token: str | None = None
-        self.xet = self.direct = False
-        self.requests: list[Request] = []
+        self.requests: list[tuple[str, str]] = []  # method, path
         self.sent = 0  # bytes of files
         self.lock = threading.Lock()
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
@@ -66,17 +47,17 @@ class HubServer(ThreadingHTTPServer):
     def endpoint(self) -> str:
         return f"http://127.0.0.1:{self.server_port}"
 
-    def fault(self, method: str, name: str) -> Fault:
-        with self.lock:
-            waiting = self.faults.get((method, name))
-            return waiting.pop(0) if waiting else self.always.get((method, name), Fault())
+    def close(self) -> None:
+        self.shutdown()
+        self.server_close()
 
-    def gets(self, name: str) -> list[Request]:
-        return [
-            request
-            for request in self.requests
-            if (request.method, request.kind) == ("GET", "cdn") and request.name == name
-        ]
+    def fault(self, name: str) -> Fault:
+        with self.lock:
+            waiting = self.faults.get(name)
+            return waiting.pop(0) if waiting else self.always.get(name, Fault())
+
+    def gets(self, name: str) -> int:
+        return sum(method == "GET" and path.endswith(f"/{name}") for method, path in self.requests)
 
     def handle_error(self, request, client_address) -> None:
         """Nothing: clients are killed here."""
@@ -96,77 +77,66 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.answer()
 
-    def reply(self, status: int, headers: dict[str, str], length: int = 0) -> None:
+    def do_POST(self) -> None:
+        self.answer()
+
+    def reply(self, status: int, content: bytes = b"", length: int | None = None, **headers) -> None:
         self.send_response(status)
-        for key, value in {"Content-Length": str(length), **headers}.items():
-            self.send_header(key, value)
+        for key, value in {"Content-Length": len(content) if length is None else length, **headers}.items():
+            self.send_header(key.replace("_", "-"), str(value))
         self.end_headers()
+        self.wfile.write(content)
 
     def answer(self) -> None:
-        server, name = self.server, self.path.rsplit("/", 1)[1]
-        hub = self.path == f"/datasets/{server.repo}/resolve/main/{name}"
-        cdn = self.path == f"/cdn/{name}"
-        start = int(re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "bytes=0-"))[1])
-        token = (self.headers.get("Authorization") or "").removeprefix("Bearer ") or None
-        kind = "hub" if hub else "cdn" if cdn else self.path
-        server.requests.append(Request(self.command, kind, name, start, token, time.monotonic()))
-        if hub and server.token not in (None, token):
-            return self.reply(401, {"X-Error-Message": "Invalid username or password."})
-        if not (hub or cdn) or name not in server.files:
-            return self.reply(404, {"X-Error-Code": "EntryNotFound", "X-Error-Message": "Entry not found"})
-        if hub and not (server.direct and self.command == "GET"):
-            return self.redirect(name)
-        self.send_file(name, start, server.fault("GET", name))
+        server, path = self.server, unquote(self.path.split("?")[0])
+        server.requests.append((self.command, path))
+        api, files = f"/api/datasets/{server.repo}", f"/datasets/{server.repo}/resolve/"
+        commit = list(server.revisions)[-1]
+        if path == api:
+            return self.reply(200, json.dumps({"id": server.repo, "sha": commit}).encode())
+        if path == f"{api}/paths-info/main":
+            form = parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())
+            present = server.revisions[commit]
+            return self.reply(200, self.described(present, [name for name in form["paths"] if name in present]))
+        for commit, present in reversed(server.revisions.items()):
+            for revision in (commit, "main"):
+                folder, name = path.removeprefix(f"{api}/tree/{revision}/"), path.removeprefix(f"{files}{revision}/")
+                if folder != path and any(other.startswith(folder + "/") for other in present):
+                    return self.reply(200, self.described(present, [*present][::-1]))
+                if name in present:
+                    return self.send_file(commit, name, present[name])
+        self.reply(404, X_Error_Code="EntryNotFound", X_Error_Message="Entry not found")
 
-    def redirect(self, name: str) -> None:
-        server = self.server
-        fault = server.fault("HEAD", name) if self.command == "HEAD" else Fault()
-        if fault.cut_after is not None:
-            return self.cut(fault.reset)
-        if fault.status:
-            return self.reply(fault.status, fault.headers)
-        headers = {
-            "X-Repo-Commit": "c" * 40,
-            "X-Linked-Etag": f'"{server.hashes[name]}"',
-            "X-Linked-Size": str(len(server.files[name])),
-            "ETag": '"of-the-pointer"',
-        }
-        if server.xet:
-            headers |= {"X-Xet-Hash": "e" * 64}
-            headers["Link"] = f'<{server.endpoint}/api/xet-read-token>; rel="xet-auth"'
-        # "localhost" is another origin than 127.0.0.1, as the real CDN is than the hub.
-        if not server.direct:
-            headers["Location"] = f"http://localhost:{server.server_port}/cdn/{name}"
-        self.reply(200 if server.direct else 302, headers, 0)
+    def described(self, files: dict[str, bytes], names: list[str]) -> bytes:
+        entries = [{"type": "directory", "oid": "1", "path": "x"}]
+        for name in names:
+            lfs = {"oid": self.sha256(name, files[name]), "size": len(files[name]), "pointerSize": 130}
+            entries.append({"type": "file", "oid": "0" * 40, "size": len(files[name]), "path": name, "lfs": lfs})
+        return json.dumps(entries).encode()
 
-    def send_file(self, name: str, start: int, fault: Fault) -> None:
+    def sha256(self, name: str, content: bytes) -> str:
+        return self.server.hashes.get(name) or hashlib.sha256(content).hexdigest()
+
+    def send_file(self, commit: str, name: str, content: bytes) -> None:
         server = self.server
+        headers = {"X_Repo_Commit": commit, "ETag": f'"{self.sha256(name, content)}"', "Accept_Ranges": "bytes"}
+        if self.command == "HEAD":
+            return self.reply(200, length=len(content), **headers)
+        fault = server.fault(name)
         if fault.status:
-            return self.reply(fault.status, fault.headers)
-        content = server.files[name] if fault.content is None else fault.content
-        if start and start >= len(content):
-            return self.reply(416, {"Content-Range": f"bytes */{len(content)}"})
-        ranged = "Range" in self.headers and not fault.no_range
-        body = content[start:] if ranged else content
-        span = {"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"} if ranged else {}
-        self.reply(206 if ranged else 200, span, len(body))
-        until = len(body) if fault.cut_after is None else fault.cut_after
-        for begin in range(0, until, CHUNK):
-            chunk = body[begin : min(begin + CHUNK, until)]
+            return self.reply(fault.status)
+        content = content if fault.content is None else fault.content
+        begin = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").rstrip("-"))
+        if begin:
+            headers["Content_Range"] = f"bytes {begin}-{len(content) - 1}/{len(content)}"
+        body = content[begin:]
+        self.reply(206 if begin else 200, length=len(body), **headers)
+        body = body[: fault.cut_after]
+        for start in range(0, len(body), CHUNK):
+            chunk = body[start : start + CHUNK]
             self.wfile.write(chunk)
             with server.lock:
                 server.sent += len(chunk)
             if server.bytes_per_second:
                 time.sleep(len(chunk) / server.bytes_per_second)
-        if fault.cut_after is not None:
-            self.cut(fault.reset)
-
-    def cut(self, reset: bool) -> None:
-        self.wfile.flush()
-        if reset:
-            time.sleep(0.05)  # else the reset would overtake what was sent
-            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            self.connection.close()
-        else:
-            self.connection.shutdown(socket.SHUT_RDWR)
-        self.close_connection = True
+        self.close_connection = fault.cut_after is not None

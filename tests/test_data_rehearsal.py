@@ -39,7 +39,6 @@ SMALL = {
     "copy-length": 8,
     "marker-one-in": 16,
 }
-TINY = {"tokens": 400, "val-tokens": 200, "vocab-size": 7, "classes": 2, "branches": 2, "sigma": 0.7}
 
 
 def command(out: Path, settings: dict, workers: int = 1, before: str = "") -> list[str]:
@@ -134,21 +133,6 @@ class PlainModel:
             document = [token] if token == self.bos else [*document, token]
         return costs
 
-    def entropy_rate(self) -> float:
-        """By all documents that there are: entropy of a document, divided by its expected number of tokens."""
-        entropy = tokens = 0.0
-        stack = [([self.bos], 1.0)]
-        while stack:
-            document, p = stack.pop()
-            for token, q in self.next(document).items():
-                if token == self.bos:
-                    if q:
-                        entropy -= p * q * math.log(p * q)
-                        tokens += p * q * len(document)
-                elif q:
-                    stack.append(([*document, token], p * q))
-        return entropy / tokens
-
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -176,21 +160,6 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("distance", "length", "max_length", "one_in"),
-    [(3, 2, 8, 4), (2, 1, 7, 2), (4, 3, 9, 2), (5, 1, 4, 2), (3, 1, 1, 2)],
-)
-def test_entropy_rate_is_that_of_all_documents(
-    tmp_path: Path, distance: int, length: int, max_length: int, one_in: int
-):
-    """Catches an error in the recursion of markers and copies, at document ends, and in the division by tokens."""
-    own = {"copy-distance": distance, "copy-length": length, "max-length": max_length, "marker-one-in": one_in}
-    make(tmp_path, {**TINY, "median-length": 4, **own})
-    model = PlainModel(tmp_path)
-    assert sum(model.lengths) == 2**32 and len(model.lengths) == max_length + 1 and model.lengths[0] == 0
-    assert model.sidecar["entropy_rate"] == pytest.approx(model.entropy_rate(), rel=1e-10)
-
-
 @pytest.mark.parametrize("folder", ["small", "sample"])
 def test_floor_is_the_loss_of_the_plain_model(folder: str, request: pytest.FixtureRequest):
     """Catches a wrong probability, errors at seams of blocks, lanes and scored pieces, and impossible tokens."""
@@ -206,12 +175,11 @@ def test_floor_is_the_loss_of_the_plain_model(folder: str, request: pytest.Fixtu
 
 
 def test_train_shards_come_from_the_same_source(small: Path):
-    """Catches a train stream with rules of its own: every token is possible, and the mean cost is the entropy rate."""
+    """Catches a train stream with rules of its own: every token is possible, and the mean cost is near the floor."""
     model = PlainModel(small)
     means = [np.mean(model.surprises(tokens_of(path).tolist())) for path in sorted(small.glob("*_train_*.bin"))]
     assert len(means) == 5
-    rate, spread = model.sidecar["entropy_rate"], np.std(means, ddof=1) / math.sqrt(len(means))
-    assert abs(np.mean(means) - rate) < 6 * spread + 0.01
+    assert abs(np.mean(means) - model.sidecar["floor"]) < 6 * np.std(means, ddof=1)
 
 
 def test_surprises_of_impossible_tokens_are_infinite(small: Path):
@@ -243,7 +211,7 @@ def test_unigram_entropy(small: Path):
 def test_defaults_are_near_fineweb():
     """The floor below the target of `small`, not far; about as many tokens a document as FineWeb has."""
     source = rehearsal.Source(rehearsal.Settings())
-    assert 2.5 < source.entropy_rate() < 3.0
+    assert 2.5 < source.surprises(source.block(1, 0, 200_000)).mean() < 3.0
     assert source.length_counts @ np.arange(len(source.length_counts)) / 2**32 == pytest.approx(
         400 * math.exp(1.1**2 / 2), rel=0.03
     )
@@ -365,7 +333,7 @@ def test_sidecar_describes_the_shards(small: Path):
         assert tokens[0] == 299
     sizes = [entry["tokens"] for entry in sidecar["shards"].values()]
     assert sizes == [15_001, 20_000, 20_000, 20_000, 20_000, 10_000]
-    assert sidecar["versions"]["numpy"] == np.__version__ and sidecar["settings"]["seed"] == 0
+    assert (sidecar["dataset"], sidecar["settings"]["seed"]) == ("rehearsal", 0)
     assert (sidecar["bos"], sidecar["vocab_size"]) == (299, 300)
 
 
@@ -437,9 +405,7 @@ def test_a_folder_of_other_origin_is_refused(small: Path, tmp_path: Path, change
         case "broken sidecar":
             (out / SIDECAR).write_text("[]")
         case "older sidecar":
-            (out / SIDECAR).write_text(
-                (out / SIDECAR).read_text().replace('"vocab_size": 300,\n  "marker"', '"marker"')
-            )
+            (out / SIDECAR).write_text((out / SIDECAR).read_text().replace('"vocab_size": 300,\n "marker"', '"marker"'))
         case "other format":
             (out / SIDECAR).write_text((out / SIDECAR).read_text().replace('"format": 1', '"format": 0'))
         case _:
@@ -490,9 +456,14 @@ def session_members(session: int) -> list[int]:
     return members
 
 
-def kill_at_random(reference: Path, out: Path, seed: int) -> None:
-    """SIGKILL some time after a random number of shards is there, so that it falls into the writing on any machine."""
-    rng = random.Random(seed)
+@pytest.mark.skipif(not Path("/proc").exists(), reason="looks for orphans in /proc")
+@pytest.mark.parametrize("seed", range(2))
+def test_a_kill_at_a_random_moment(small: Path, tmp_path: Path, seed: int):
+    """SIGKILL some time after a random number of shards is there, so that it falls into the writing on any machine.
+
+    Catches a state of the folder from which it does not recover, and workers that outlive their parent.
+    """
+    rng, out = random.Random(seed), tmp_path / "out"
     process = subprocess.Popen(
         command(out, SMALL, workers=2), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
@@ -506,35 +477,20 @@ def kill_at_random(reference: Path, out: Path, seed: int) -> None:
     while (orphans := session_members(process.pid)) and time.perf_counter() < deadline:
         time.sleep(0.05)
     assert not orphans, "the workers must follow the process that started them"
-    print(f"killed with {len([*out.glob('*.bin')])} shards, {len([*out.glob('.*.tmp')])} begun")
-    finish_after_kill(out, reference)
-
-
-@pytest.mark.skipif(not Path("/proc").exists(), reason="looks for orphans in /proc")
-@pytest.mark.parametrize("seed", range(2))
-def test_a_kill_at_a_random_moment(small: Path, tmp_path: Path, seed: int):
-    """Catches a state of the folder from which it does not recover, and workers that outlive their parent."""
-    kill_at_random(small, tmp_path / "out", seed)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc").exists(), reason="looks for orphans in /proc")
-@pytest.mark.parametrize("seed", range(2, 22))
-def test_kills_at_random_moments(small: Path, tmp_path: Path, seed: int):
-    kill_at_random(small, tmp_path / "out", seed)
+    finish_after_kill(out, small)
 
 
 def test_ctrl_c_leaves_a_message_and_no_traceback(small: Path, tmp_path: Path):
     """Also from the workers, whom the terminal interrupts as well."""
     hook = """
-write, calls = rehearsal.write_sidecar, 0
+write, calls = rehearsal.shards.write_json, 0
 def then_interrupt(*args):
     global calls
     write(*args)
     calls += 1
     if calls == 3:
         os.killpg(0, signal.SIGINT)
-rehearsal.write_sidecar = then_interrupt
+rehearsal.shards.write_json = then_interrupt
 """
     process = subprocess.run(
         command(tmp_path, SMALL, workers=2, before=hook),
@@ -543,7 +499,7 @@ rehearsal.write_sidecar = then_interrupt
         timeout=60,
         start_new_session=True,
     )
-    assert process.returncode == 1 and "interrupted" in process.stderr and "Traceback" not in process.stderr
+    assert process.returncode == 130 and "interrupted" in process.stderr and "Traceback" not in process.stderr
     finish_after_kill(tmp_path, small)
 
 
@@ -575,7 +531,7 @@ def test_a_worker_that_dies_is_a_message(tmp_path: Path):
     """Catches a pool that waits for ever for a worker which the system killed for its memory."""
     hook = "import multiprocessing.process as p\nrehearsal.Settings.__reduce__ = lambda self: (os._exit, (1,))"
     error = make(tmp_path, SMALL, code=1, workers=2, before=hook).stderr
-    assert "a worker process was killed" in error and "--workers" in error
+    assert "a worker process has ended" in error and "--workers" in error
 
 
 @pytest.mark.parametrize(

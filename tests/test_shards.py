@@ -1,5 +1,7 @@
 """data/shards.py: the shard format, on which train_gpt.py has to agree, and files that are whole or not there."""
 
+import contextlib
+import multiprocessing
 import os
 import shutil
 import signal
@@ -306,3 +308,71 @@ def test_space_is_that_of_the_disk_the_folder_will_be_on(tmp_path: Path, monkeyp
     shards.require_space(Path("relative"), 1)
     with pytest.raises(ShardError, match="make room"):
         shards.require_space(Path("relative"), 10**18)
+
+
+# ---- map_in_order ----
+
+
+def test_results_come_in_order_and_large_tasks_one_at_a_time():
+    """Catches results in the order in which they are done, and a bound on the number of tasks alone: eight documents of
+    500 MB would be in flight at once."""
+    sizes, taken, done, most = [1, 9, 9, *[1] * 20, 9, 1, 9], [], 0, 0
+
+    def tasks():
+        for i, size in enumerate(sizes):
+            taken.append(size)
+            yield size, (0.02 if i % 3 == 0 else 0,)
+
+    with contextlib.closing(shards.map_in_order(time.sleep, tasks(), 3, 4)) as results:
+        for _ in results:
+            in_flight = taken[done:-1]  # the last one taken is not handed out before there is room
+            most = max(most, sum(in_flight))
+            assert len(in_flight) == 1 or sum(in_flight) <= 4
+            done += 1
+    assert done == len(sizes) and most == 9
+    words = [str(i) * (100_000 if i % 2 else 1) for i in range(20)]
+    for workers in (1, 3):
+        with contextlib.closing(shards.map_in_order(len, ((1, (w,)) for w in words), workers, 5)) as results:
+            assert list(results) == list(map(len, words))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_error_of_a_worker_is_that_of_the_map(workers: int):
+    """Catches one that is lost, or that leaves processes behind."""
+    with contextlib.closing(shards.map_in_order(int, [(1, ("7",)), (1, ("x",))], workers, 5)) as results:
+        assert next(results) == 7
+        with pytest.raises(ValueError, match="'x'"):
+            next(results)
+    assert not multiprocessing.active_children()
+
+
+# ---- hub_call ----
+
+
+class Refused(Exception):
+    def __init__(self, status: int):
+        super().__init__(f"answered {status}")
+        self.response = namedtuple("Response", "status_code")(status)
+
+
+@pytest.mark.parametrize(
+    ("error", "calls", "said"),
+    [
+        (Refused(503), 3, "no file from .*: answered 503"),
+        (Refused(429), 3, "no file from .*: answered 429"),
+        (Refused(404), 1, "no file from .*: answered 404"),
+        (OSError("it ended early"), 3, "no file from .*: it ended early"),
+        (OSError(28, "No space left on device"), 1, "file was not written: No space left on device"),
+    ],
+)
+def test_a_call_to_the_hub_is_made_again_where_that_can_help(error: Exception, calls: int, said: str):
+    """Catches a refusal or a full disk tried for minutes, and one lost connection that ends hours of work."""
+    made = []
+
+    def call() -> None:
+        made.append(1)
+        raise error
+
+    with pytest.raises(ShardError, match=said):
+        shards.hub_call("file", call, (0, 0))
+    assert len(made) == calls
