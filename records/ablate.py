@@ -143,9 +143,9 @@ def run(variant: str, seed: int, out: Path, threads: int | None, extra: list[str
     launch([*words, *extra], threads)
 
 
-def launch(words: list[str], threads: int | None) -> None:
+def launch(words: list[str], threads: int | None, script: str = "train_gpt.py") -> None:
     """`train_gpt.py nano` with these options. Raises RuntimeError, with the end of what it printed, where it fails."""
-    command = [sys.executable, str(REPO / "train_gpt.py"), "nano", *words]
+    command = [sys.executable, str(REPO / script), "nano", *words]
     env = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
     if done.returncode:

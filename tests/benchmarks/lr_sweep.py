@@ -1,4 +1,4 @@
-"""Does the best learning rate stay where it is when a track is scaled? Trains siblings of `nano` (see --scale).
+"""Does the best learning rate stay where it is when a track is scaled? Trains siblings of `nano`.
 
     python tests/benchmarks/lr_sweep.py [--widths 0.5 1 2] [--factors 0.25 0.5 1 2 4] [--seeds 2] [--jobs 2]
 
@@ -33,11 +33,11 @@ COMMON = ("--data-dir", str(REPO / "data" / "nano_tuning"), "--data.val-tokens",
 def loss_of(width: float, factor: float, seed: int, steps: int, threads: int) -> float:
     """Final validation loss of one run. Raises RuntimeError where it fails, infinity where it diverges."""
     config = train_gpt.NANO.optimizer
-    words = ["--scale", f"width={width}", "--schedule.scheduled-steps", str(steps), "--seed", str(seed)]
+    words = ["--width", str(width), "--schedule.scheduled-steps", str(steps), "--seed", str(seed)]
     words += ["--optimizer.adam-lr", str(config.adam_lr * factor), "--optimizer.muon-lr", str(config.muon_lr * factor)]
     with tempfile.TemporaryDirectory() as folder:
         try:
-            launch([*COMMON, *words, "--log-dir", folder], threads)
+            launch([*COMMON, *words, "--log-dir", folder], threads, "evals/sibling.py")
         except RuntimeError as error:
             if "not finite" not in str(error):
                 raise
