@@ -64,7 +64,8 @@ no_run='' data_dir='' device=auto previous=''
 for option in "$@"; do
   case $previous in --device) device=$option ;; esac
   case $option in
-    --help | -h | --plan) no_run=yes ;;
+    --help | -h) no_run=yes ;;
+    --plan | --scale*) die "$option: see evals/plan.py and evals/sibling.py" ;;
     --data-dir | --data-dir=* | --data_dir | --data_dir=*) data_dir=given ;;
     --device=*) device=${option#--device=} ;;
   esac

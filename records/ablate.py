@@ -138,12 +138,12 @@ def run(variant: str, seed: int, out: Path, jobs: int, extra: list[str]) -> None
     launch([*words, *extra], jobs)
 
 
-def launch(words: list[str], jobs: int) -> None:
+def launch(words: list[str], jobs: int, script: str = "train_gpt.py") -> None:
     """`train_gpt.py nano` with these options, as one of several `jobs` at a time, which share the cores.
 
     Raises RuntimeError, with the end of what it printed, where it fails.
     """
-    command = [sys.executable, str(TRAIN_GPT), "nano", *words]
+    command = [sys.executable, str(REPO / script), "nano", *words]
     env = os.environ | ({"OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // jobs, 1))} if jobs > 1 else {})
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
     if done.returncode:

@@ -27,10 +27,11 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[1]
-sys.path[:1] = [str(REPO), str(REPO / "tests")]
+sys.path[:1] = [str(REPO), str(REPO / "tests"), str(REPO / "evals")]
 LOSSES = Path(__file__).with_name("gpu_day_losses.json")
 BOUND = 0.05  # nats per token, of each of the 60 losses; not measured yet: --write-losses says what bfloat16 takes
 LIMITS = {"small": 150, "sibling": 90, "step": 200, "tests": 200, "attention": 60, "profile": 60}  # seconds
@@ -110,12 +111,12 @@ class Day:
     def small(self, run: Callable[..., str]) -> tuple[dict, str]:
         shards, logs = self.out / "rehearsal", self.out / "logs"
         run("data/rehearsal.py", "--out", shards, "--tokens", "8M", "--val-tokens", "300k")
-        size = ["--data.val-tokens", 262_144]
+        script, size = "train_gpt.py", ["--data.val-tokens", 262_144]
         if self.device == "cpu":
-            size = ["--scale", f"width={1 / 3},depth=0.2", "--data.val-tokens", 4096, "--data.val-row-tokens", 4096]
-            size += ["--schedule.stages.0.tokens", 1024]
+            script, size = "evals/sibling.py", ["--width", "1/3", "--depth", "0.2", "--schedule.stages.0.tokens", 1024]
+            size += ["--data.val-tokens", 4096, "--data.val-row-tokens", 4096]
         words = ["--data-dir", shards, "--log-dir", logs, "--device", self.device, *size]
-        run("train_gpt.py", "small", *words, "--val-every", 0, "--sample-tokens", 0, "--max-steps", 40)
+        run(script, "small", *words, "--val-every", 0, "--sample-tokens", 0, "--max-steps", 40)
         newest = max(logs.glob("*.jsonl"), key=lambda path: path.stat().st_mtime)
         events = [json.loads(line) for line in newest.read_text().splitlines()]
         losses = [event["train_loss"] for event in events if "train_loss" in event]
@@ -166,12 +167,13 @@ def sibling_losses(device: str, dtype: str, out: Path) -> list[float]:
     """60 training losses of a sibling of `small` with every technique, on bytes that are the same everywhere."""
     from conftest import text_like, write_shard
 
-    from train_gpt import SMALL, Options, Runtime, Trainer, scaled
+    from sibling import scaled
+    from train_gpt import SMALL, Options, Runtime, Trainer
 
     folder = out / "sibling"
     write_shard(folder / "x_train_000001.bin", text_like(1_500_000, seed=1, longest=900))
     write_shard(folder / "x_val_000000.bin", text_like(5_000, seed=9, longest=900))
-    track = scaled(SMALL, f"width={1 / 3},depth=0.5")
+    track = scaled(SMALL, Fraction(1, 3), Fraction(1, 2))
     shorter = lambda stage: replace(stage, tokens=stage.tokens // 64)
     stages, extension = tuple(map(shorter, SMALL.schedule.stages)), shorter(SMALL.schedule.extension)
     schedule = replace(track.schedule, stages=stages, extension=extension, scheduled_steps=57, extension_steps=3)

@@ -1,4 +1,4 @@
-"""Text from a model: the cache, the draw, weights out and in, the command."""
+"""Text from a model: the decoder, the draw, weights out and in, the commands' models."""
 
 import json
 import re
@@ -6,55 +6,67 @@ import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import REPO, cpu, run_process, tiny_track
+from conftest import BOS, REPO, cpu, run_process, tiny_track
 from scipy import stats
 from test_model import CONFIGS, error, make_row, random_model, step_settings
 
 import train_gpt
-from train_gpt import Cache, CheckpointError, Options, SpeedrunError, Text, generate, load_model, train
+from sample import Decoder, generate, look_back, sample
+from shared import Text, load_model, rebuild
+from train_gpt import CheckpointError, Options, text_sample, train
 
 
 @pytest.mark.parametrize("pieces", [[1] * 67, [67], [5, 1, 1, 30, 2, 28]])
 @pytest.mark.parametrize("windows", [(5, 11), (70, 90)])
-@pytest.mark.parametrize("name", ["nano", "medley"])
-def test_a_cache_gives_the_logits_of_the_whole_text(name, windows, pieces):
+@pytest.mark.parametrize("name", ["nano", "small", "medley"])
+def test_a_decoder_gives_the_logits_of_the_whole_text(name, windows, pieces):
     """In float64, token by token and in pieces. Catches: a window off by one, positions that start anew, paired heads
-    that see themselves, a smear or key offset that forgets the token before the piece."""
+    that see themselves, too few tokens read again, keys of those that replace the better ones from before."""
     config = CONFIGS[name]
     model, at = random_model(config), step_settings(windows, config.head_dim)
-    row, cache = make_row(67, [0], config.vocab_size), Cache()
-    found = torch.cat([model.decode(tokens, at, cache) for tokens in row.inputs.split(pieces)])
-    assert cache.length == 67
-    assert error(found, model.logits(row, at)) < 1e-11
+    row, decode = make_row(67, [0], config.vocab_size), Decoder(model, at)
+    found = torch.cat([decode(tokens.tolist()) for tokens in row.inputs.split(pieces)])
+    assert error(found, model.logits(row, at)[:, : config.vocab_size]) < 1e-11
+    assert found.size(1) == config.vocab_size < config.padded_vocab, "no token of the padding may be drawn"
 
 
-def test_the_cache_stays_as_small_as_the_windows():
-    """The cost of a token must not grow with the text: nothing in the cache does."""
+@pytest.mark.parametrize("change", [{"smear": False}, {"key_offset": False}, {"second_embed": ()}])
+def test_a_decoder_reads_from_the_layout_how_far_its_parts_look_back(change):
+    """That the test above can fail: one token less is too few, with and without each part that looks back."""
+    config = replace(CONFIGS["medley"], **change)
+    model, at, row = random_model(config), step_settings((5, 11), config.head_dim), make_row(20, [0], 300)
+    expected = model.logits(row, at)[:, :300]
+    for less in (0, 1):
+        decode = Decoder(model, at)
+        assert decode.look_back == look_back(config) > 0
+        decode.look_back -= less
+        found = torch.cat([decode([token]) for token in row.inputs.tolist()])
+        assert (error(found, expected) < 1e-11) == (not less)
+
+
+def test_what_a_decoder_keeps_stays_as_small_as_the_windows():
+    """The cost of a token must not grow with the text: nothing that is kept does."""
     config = CONFIGS["medley"]
-    model, at, cache = random_model(config), step_settings((5, 11), config.head_dim), Cache()
-    sizes = []
+    decode, sizes = Decoder(random_model(config), step_settings((5, 11), config.head_dim)), []
     for _ in range(6):
-        model.decode(make_row(50, [0], config.vocab_size).inputs, at, cache)
-        sizes.append({layer: len(keys) for layer, (keys, _) in cache._keys.items()})
-    assert sizes[0] == sizes[-1] and set(sizes[0].values()) == {5, 11}
+        decode(make_row(50, [0], config.vocab_size).inputs.tolist())
+        sizes.append([len(keys) for keys, _ in decode.kept.values()])
+    assert sizes[0] == sizes[-1] and max(sizes[0]) <= 11 + 2 * decode.look_back
 
 
-def fixed_model(logits: torch.Tensor) -> SimpleNamespace:
-    """Predicts the same whatever it reads; its vocabulary is padded by 2."""
-    padded = torch.cat((logits, torch.full((2,), 99.0)))
-    config = SimpleNamespace(vocab_size=len(logits))
-    return SimpleNamespace(embed=logits, config=config, decode=lambda tokens, *_: padded.expand(len(tokens), -1))
+def always(logits: torch.Tensor):
+    """A decoder that predicts the same whatever it reads."""
+    return lambda tokens: logits.expand(len(tokens), -1)
 
 
 @pytest.mark.parametrize(("temperature", "top_k"), [(1.0, None), (0.5, None), (2.0, 3)])
 def test_tokens_are_drawn_with_their_probabilities(temperature, top_k):
-    """Chi-square test of 5,000 draws. Catches: temperature upside down, one token too many in top_k, padding drawn."""
+    """Chi-square test of 5,000 draws. Catches: temperature upside down, one token too many in top_k."""
     logits = torch.tensor([-60.0, 0.3, 1.2, -0.5, 2.0, 0.0])  # the first is BOS, which would end the text
-    drawn = list(generate(fixed_model(logits), None, [0], 5000, 1, temperature, top_k))
+    drawn = list(generate(always(logits), [0], 5000, 1, temperature, top_k))
     kept = logits.topk(top_k).indices.tolist() if top_k else [1, 2, 3, 4, 5]
     assert set(drawn) == set(kept)
     expected = 5000 * (logits[kept].double() / temperature).softmax(-1)
@@ -62,15 +74,24 @@ def test_tokens_are_drawn_with_their_probabilities(temperature, top_k):
 
 
 def test_temperature_0_takes_the_likeliest_and_bos_ends_the_text():
-    assert list(generate(fixed_model(torch.tensor([0.0, 2.0, 1.0])), None, [0], 4, temperature=0)) == [1] * 4
-    assert list(generate(fixed_model(torch.tensor([5.0, 2.0, 1.0])), None, [0], 4, temperature=0)) == []
+    assert list(generate(always(torch.tensor([0.0, 2.0, 1.0])), [0], 4, temperature=0)) == [1] * 4
+    assert list(generate(always(torch.tensor([5.0, 2.0, 1.0])), [0], 4, temperature=0)) == []
 
 
 def test_the_draw_is_of_its_seed_and_leaves_the_runs_generator_alone():
     logits, before = torch.zeros(30), torch.get_rng_state()
     logits[0] = -99
-    first, again, other = (list(generate(fixed_model(logits), None, [0], 30, seed)) for seed in (1, 1, 2))
+    first, again, other = (list(generate(always(logits), [0], 30, seed)) for seed in (1, 1, 2))
     assert first == again != other and torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_sample_of_a_run_is_what_the_decoder_draws():
+    """Catches: a sample that reads the logits of another place, or sees what comes after its place in the row."""
+    track = tiny_track()
+    model, before = random_model(track.model), torch.get_rng_state()
+    tokens = list(generate(Decoder(model, track.validation_at(20)), [BOS], 60, seed=4))
+    assert text_sample(model, track, 20, 60, seed=4) == bytes(tokens).decode(errors="replace") and len(tokens) > 5
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_bytes_become_text():
@@ -92,19 +113,19 @@ def trained(tiny_data, tmp_path_factory) -> Path:
 
 def test_export_and_checkpoint_give_the_model_back(trained):
     """Catches: padding of the banks exported, a field of the track lost, weights under another name."""
-    exported, from_export, step = load_model(trained / "export", cpu())
-    saved, from_checkpoint, _ = load_model(next((trained / "checkpoints").iterdir()), cpu())
-    assert from_export == from_checkpoint == tiny_track() and step == 20
-    row, at = make_row(40, [0], 257), from_export.validation_at(20)
-    assert torch.equal(exported.logits(row, at), saved.logits(row, at))
-    padded = train_gpt.GPT(from_export.model, cpu(world_size=8))
-    assert len(padded.attn_bank) > len(exported.attn_bank) or len(padded.mlp_bank) > len(exported.mlp_bank)
+    exported, saved = (load_model(path, cpu()) for path in (trained / "export", *(trained / "checkpoints").iterdir()))
+    assert exported.track == saved.track == tiny_track() and exported.step == saved.step == 20
+    row = make_row(40, [0], 257)
+    logits = [model.logits(row, exported.settings) for model in (exported.model, saved.model)]
+    assert torch.equal(*logits)
+    padded = train_gpt.GPT(exported.track.model, cpu(world_size=8))
+    assert len(padded.attn_bank) > len(exported.model.attn_bank) or len(padded.mlp_bank) > len(exported.model.mlp_bank)
 
 
 def test_every_track_survives_its_settings():
     """Catches: a type of field that `rebuild` does not know, such as nested tuples or a tuple of stages."""
     for track in train_gpt.TRACKS.values():
-        assert train_gpt.rebuild(train_gpt.Track, json.loads(json.dumps(train_gpt.flatten(track)))) == track
+        assert rebuild(train_gpt.Track, json.loads(json.dumps(train_gpt.flatten(track)))) == track
 
 
 @pytest.mark.parametrize(
@@ -136,15 +157,17 @@ def test_what_is_no_model_is_refused_in_a_sentence(trained, tmp_path, damage):
 
 def test_the_command_prints_the_prompt_and_what_follows(trained, tmp_path):
     words = ["--prompt", "ab", "--tokens", "30", "--device", "cpu", "--temperature", "1.5", "--top-k", "40"]
-    done = run_process([sys.executable, REPO / "train_gpt.py", "sample", trained / "export", *words])
+    done = run_process([sys.executable, REPO / "evals" / "sample.py", trained / "export", *words])
     assert done.returncode == 0 and done.stdout.startswith("ab"), done.stderr
     assert re.fullmatch(r"\n\d+ tokens, \d+ tokens/s\n", done.stderr)
-    done = run_process([sys.executable, REPO / "train_gpt.py", "sample", tmp_path / "nothing"])
-    assert done.returncode == 1 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr
-    assert str(tmp_path / "nothing") in done.stderr
+    done = run_process([sys.executable, REPO / "evals" / "sample.py", tmp_path / "nothing"])
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert f"{tmp_path / 'nothing'}: no such folder" in done.stderr
 
 
-@pytest.mark.parametrize("wrong", ["--temperature=-1.0", "--tokens=-1", "--top-k=0"])
-def test_options_that_cannot_work_are_refused(wrong):
-    with pytest.raises(SpeedrunError, match="at least"):
-        train_gpt.sample(["x", wrong])
+@pytest.mark.parametrize("wrong", ["--temperature=-1.0", "--temperature=nan", "--tokens=-1", "--top-k=0", "--seed=x"])
+def test_options_that_cannot_work_are_refused(wrong, capsys):
+    with pytest.raises(SystemExit):
+        sample(["x", wrong])
+    name, value = wrong.split("=")
+    assert f"argument {name}: found {value}, expected at least" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Does the best learning rate stay where it is when a track is scaled? Trains siblings of `nano` (see --scale).
+"""Does the best learning rate stay where it is when a track is scaled? Trains siblings of `nano`.
 
     python tests/benchmarks/lr_sweep.py [--widths 0.5 1 2] [--factors 0.25 0.5 1 2 4] [--seeds 2] [--jobs 2]
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import statistics
 import subprocess
 import sys
@@ -30,14 +29,14 @@ from runlogs import parse_log  # noqa: E402
 COMMON = ("--data-dir", str(REPO / "data" / "nano_tuning"), "--data.val-tokens", "131072", "--sample-tokens", "0")
 
 
-def loss_of(width: float, factor: float, seed: int, steps: int, threads: int) -> float:
+def loss_of(width: float, factor: float, seed: int, steps: int, jobs: int) -> float:
     """Final validation loss of one run. Raises RuntimeError where it fails, infinity where it diverges."""
     config = train_gpt.NANO.optimizer
-    words = ["--scale", f"width={width}", "--schedule.scheduled-steps", str(steps), "--seed", str(seed)]
+    words = ["--width", str(width), "--schedule.scheduled-steps", str(steps), "--seed", str(seed)]
     words += ["--optimizer.adam-lr", str(config.adam_lr * factor), "--optimizer.muon-lr", str(config.muon_lr * factor)]
     with tempfile.TemporaryDirectory() as folder:
         try:
-            launch([*COMMON, *words, "--log-dir", folder], threads)
+            launch([*COMMON, *words, "--log-dir", folder], jobs, "evals/sibling.py")
         except RuntimeError as error:
             if "not finite" not in str(error):
                 raise
@@ -66,10 +65,9 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time, which share the cores")
     options = parser.parse_args()
     subprocess.run([sys.executable, str(REPO / "data" / "nano.py"), "--tuning"], check=True)
-    threads = max((os.cpu_count() or 1) // options.jobs, 1)
     tasks = [(w, f, s) for s in range(options.seeds) for w in options.widths for f in options.factors]
     with ThreadPoolExecutor(options.jobs) as pool:
-        runs = pool.map(lambda task: loss_of(*task, options.steps, threads), tasks)
+        runs = pool.map(lambda task: loss_of(*task, options.steps, options.jobs), tasks)
         losses = dict(zip(tasks, tqdm(runs, total=len(tasks), unit="run"), strict=True))
     print(f"\n{options.steps} steps, mean of {options.seeds} seeds")
     print("| width | " + " | ".join(f"lr × {f:g}" for f in options.factors) + " | best at |")

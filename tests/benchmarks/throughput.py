@@ -23,8 +23,9 @@ import numpy as np
 import torch
 
 REPO = Path(__file__).resolve().parents[2]
-sys.path[0] = str(REPO)  # instead of this folder, whose profile.py would stand in for Python's own
+sys.path[0:1] = [str(REPO), str(REPO / "evals")]  # instead of this folder, whose profile.py would hide Python's own
 import train_gpt  # noqa: E402
+from plan import flops_per_token  # noqa: E402
 
 
 def median_seconds(work: Callable[[int], object], times: range) -> float:
@@ -48,7 +49,7 @@ def time_nano(steps_per_stage: int = 20) -> None:
     for start, stop in zip(track.schedule.boundaries(), (*track.schedule.boundaries()[1:], None), strict=True):
         steps = range(start, min(start + steps_per_stage, track.schedule.total_steps))
         median, tokens = median_seconds(trainer.train_step, steps), track.at(start).stage.tokens
-        flops = tokens * train_gpt.flops_per_token(track, track.at(start)) / median
+        flops = tokens * flops_per_token(track, track.at(start)) / median
         weighted += median * ((stop or track.schedule.total_steps) - start)
         print(
             f"  stage from step {start:5d}: {1000 * median:7.1f} ms/step {tokens / median:10,.0f} tokens/s "

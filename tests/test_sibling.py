@@ -1,0 +1,81 @@
+"""Small siblings of a track."""
+
+import re
+import sys
+from fractions import Fraction
+
+import pytest
+from conftest import REPO, cpu, run_process, tiny_options
+
+from plan import meta_model
+from sibling import own_parser, parse_own, scaled, sibling
+from train_gpt import MEDIUM, NANO, SMALL, TRACKS, SpeedrunError
+
+WHOLE, HALF = Fraction(1), Fraction(1, 2)
+
+
+def test_a_scaled_track_keeps_its_recipe():
+    half = scaled(SMALL, HALF, HALF)
+    m = half.model
+    assert (m.num_heads, m.head_dim, m.num_layers) == (6, 64, 6), "three heads could not be paired"
+    assert half.schedule.attn_scale == pytest.approx(0.2), "scores of heads half as wide are half as large"
+    assert half.optimizer.rules.head.lr_mul == (2.0,) and half.optimizer.rules.embed.lr_mul == (2.0,)
+    assert half.optimizer.muon_lr == SMALL.optimizer.muon_lr
+    before, after = SMALL.optimizer.rules.head, half.optimizer.rules.head
+    decay = lambda rule: rule.lr_mul[0] ** 2 * rule.wd_mul
+    assert decay(after) == pytest.approx(decay(before))
+    assert {layer for layer, _ in m.value_embeds} <= set(range(m.num_layers)) and m.backout_layer < m.num_layers
+    assert 0 in m.paired_layers and m.num_layers - 1 in m.long_layers, "the first and the last keep their roles"
+    quarter = scaled(MEDIUM, HALF / 2, WHOLE).model
+    assert (quarter.num_heads, quarter.head_dim) == (2, 128)
+    assert scaled(SMALL, WHOLE, WHOLE) == SMALL
+    for track in TRACKS.values():
+        for factors in ((HALF, WHOLE), (WHOLE, HALF), (2 * WHOLE, WHOLE), (HALF / 2, Fraction("0.3"))):
+            meta_model(scaled(track, *factors), cpu())
+
+
+@pytest.mark.parametrize("track", TRACKS.values(), ids=TRACKS)
+@pytest.mark.parametrize(("width", "depth"), [("0.3", "1"), ("0.001", "1"), ("3.001", "1"), ("1", "0.001")])
+def test_a_sibling_that_cannot_be_is_answered_with_some_that_can(track, width, depth):
+    """Catches: advice that is refused in its turn, or that is far from what was asked for."""
+    width, depth = Fraction(width), Fraction(depth)
+    with pytest.raises(SpeedrunError) as error:
+        scaled(track, width, depth)
+    assert ("--width" in str(error.value)) == (width != 1)
+    named = [Fraction(word) for word in re.findall(r"(\d+(?:/\d+)?) \(", str(error.value).split("Possible")[1])]
+    for found in named:
+        meta_model(scaled(track, found, depth) if width != 1 else scaled(track, width, found), cpu())
+    assert min(abs(found - (width if width != 1 else depth)) for found in named) < HALF
+
+
+@pytest.mark.parametrize("word", ["", "a", "0", "-1", "inf", "nan", "1/0", "101"])
+def test_what_is_no_factor_is_refused(word, capsys):
+    with pytest.raises(SystemExit):
+        sibling(["nano", f"--width={word}"])
+    assert f"argument --width: found {word}, expected a number" in capsys.readouterr().err
+
+
+def test_a_third_may_be_written_in_any_way():
+    """Catches: 0.3333333333333333 of six heads that are not quite two."""
+    for words in (["--width", "1/3"], [f"--width={1 / 3}"]):
+        known, rest = parse_own(["small", *words, "--seed", "1"], own_parser(""))
+        assert scaled(SMALL, known.width, known.depth).model.num_heads == 2 and rest == ["small", "--seed", "1"]
+
+
+def test_the_command_trains_the_sibling_with_further_options(tiny_data, tmp_path):
+    """Catches: options that change the whole track, which is scaled afterwards; a log that does not say what ran."""
+    words = [*tiny_options(), "--width", "0.5", "--max-steps", "2", "--data-dir", tiny_data, "--log-dir", tmp_path]
+    words += ["--device", "cpu", "--no-warmup", "--sample-tokens", "0"]
+    done = run_process([sys.executable, REPO / "evals" / "sibling.py", "nano", *words])
+    assert done.returncode == 0, done.stderr
+    (log,) = tmp_path.glob("*-nano-*.txt")
+    source, settings, _ = log.read_text().split("=" * 100 + "\n", 2)
+    assert source.startswith((REPO / "train_gpt.py").read_text()[:1000])
+    assert "model.num_heads: 2\nmodel.head_dim: 8\n" in settings, "those of the options"
+    assert "optimizer.rules.head.lr_mul: (2.0,)" in settings, "that of the sibling"
+    done = run_process([sys.executable, REPO / "evals" / "sibling.py", "nano", "--width", "0.3"])
+    assert done.returncode == 1 and done.stderr.startswith("error: --width 0.3") and done.stderr.count("\n") == 1
+
+
+def test_nano_can_be_halved():
+    assert scaled(NANO, HALF, HALF).model.width == 64
