@@ -13,6 +13,7 @@ learning rate, momentum, rotary frequencies, whether the embedding is tied, ...)
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import ctypes
 import dataclasses
@@ -21,6 +22,7 @@ import difflib
 import functools
 import hashlib
 import importlib.util
+import inspect
 import json
 import math
 import os
@@ -31,6 +33,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import traceback
@@ -277,8 +280,6 @@ class Schedule:
     """Steps of its rise and of its fall."""
     untie: float = 2 / 3
     """After this part of the scheduled steps the embedding leaves the head and goes on alone."""
-    val_every: int = 250
-    """Steps between validations; 0: only at the end."""
 
     @property
     def total_steps(self) -> int:
@@ -373,6 +374,8 @@ class Track:
     data: DataConfig
     schedule: Schedule
     optimizer: OptimizerConfig
+    val_every: int = 250
+    """Steps between validations; 0: only at the end."""
     coordinate_descent_tuning: bool = False
     """Let inductor tune its kernels by coordinate descent, which takes long; the rules allow it on `medium` alone."""
 
@@ -561,6 +564,7 @@ XL = Track(
 NANO = Track(
     name="nano",
     target_loss=1.36,
+    val_every=0,
     model=ModelConfig(
         vocab_size=257,
         num_layers=2,
@@ -599,7 +603,6 @@ NANO = Track(
         final_long_window=512,
         attn_scale=0.2,  # heads half as wide as those of `small`
         momentum_steps=(50, 20),
-        val_every=0,
     ),
     optimizer=OptimizerConfig(
         adam_lr=0.03,
@@ -1770,12 +1773,12 @@ def read_shard_header(path: Path) -> int:
     return count
 
 
-def check_tokens(path: Path, tokens: np.ndarray, begin: int, vocab_size: int) -> None:
-    """Raise SpeedrunError where tokens, which stand at position `begin` of a shard, are not of the vocabulary."""
+def check_tokens(path: Path, tokens: np.ndarray, vocab_size: int) -> None:
+    """Raise SpeedrunError where the first tokens of a shard are not all of the vocabulary."""
     if len(tokens) and (largest := int(tokens.max())) >= vocab_size:
         raise SpeedrunError(
-            f"{path}: token {largest} at or after position {begin}, but the vocabulary has {vocab_size} tokens. The "
-            f"shard is damaged or made for another track."
+            f"{path}: token {largest} at position {int(tokens.argmax())}, but the vocabulary has {vocab_size} tokens. "
+            "The shard is damaged or made for another track."
         )
 
 
@@ -1819,55 +1822,22 @@ class Identities:
         return dict(sorted((self.before | found).items()))
 
 
+@dataclass(frozen=True)
 class Shard:
-    """One shard file, read, checked and indexed by a background thread, chunk by chunk.
+    """A shard file in memory."""
 
-    `tokens` (count,) uint16 is valid up to where the scan has come. `bounds` holds the positions of all BOS tokens
-    found so far and, once the scan is through, the end of the last document: document i is bounds[i] : bounds[i + 1].
-    """
+    tokens: np.ndarray  # (count,) uint16
+    bounds: np.ndarray  # (documents + 1,) int64: document i is tokens[bounds[i] : bounds[i + 1]]
 
-    CHUNK = 1 << 20  # tokens: small enough to stay in cache between reading and searching
-
-    def __init__(self, path: Path, vocab_size: int, bos: int):
-        self.path, self.vocab_size, self.bos = path, vocab_size, bos
-        self.tokens = np.empty(read_shard_header(path), dtype="<u2")
-        self.bounds = np.empty(0, dtype=np.int64)
-        self.scanned = False
-        self._error: Exception | None = None
-        self._progress = threading.Condition()
-        threading.Thread(target=self._scan, name=f"scan {path.name}", daemon=True).start()
-
-    def _scan(self) -> None:
-        try:
-            with open(self.path, "rb") as file:
-                file.seek(4 * HEADER_INTS)
-                for begin in range(0, len(self.tokens), self.CHUNK):
-                    chunk = self.tokens[begin : begin + self.CHUNK]
-                    read = file.readinto(chunk.view(np.uint8))
-                    if read != chunk.nbytes:
-                        raise SpeedrunError(f"{self.path}: ended while it was read; was it overwritten?")
-                    check_tokens(self.path, chunk, begin, self.vocab_size)
-                    self._publish(np.flatnonzero(chunk == self.bos) + begin)
-            self._publish(np.array([len(self.tokens)]), scanned=True)
-        except Exception as error:  # told to whoever waits for the data
-            with self._progress:
-                self._error = error
-                self._progress.notify_all()
-
-    def _publish(self, bounds: np.ndarray, scanned: bool = False) -> None:
-        with self._progress:
-            self.bounds = np.concatenate((self.bounds, bounds))
-            self.scanned = scanned
-            self._progress.notify_all()
-
-    def wait(self, num_bounds: int | None = None) -> np.ndarray:
-        """The bounds found so far, at least `num_bounds` of them unless the shard has fewer (None: all)."""
-        enough = lambda: self._error or self.scanned or (num_bounds is not None and len(self.bounds) >= num_bounds)
-        with self._progress:
-            self._progress.wait_for(enough)
-            if self._error:
-                raise self._error
-            return self.bounds
+    @staticmethod
+    def read(path: Path, vocab_size: int, bos: int) -> Shard:
+        """Raises SpeedrunError where it is damaged."""
+        count = read_shard_header(path)
+        tokens = np.fromfile(path, "<u2", count, offset=4 * HEADER_INTS)
+        if len(tokens) < count:
+            raise SpeedrunError(f"{path}: ended while it was read; was it overwritten?")
+        check_tokens(path, tokens, vocab_size)
+        return Shard(tokens, np.append(np.flatnonzero(tokens == bos), count))
 
     def take_row(self, document: int, need: int, max_doc_len: int) -> tuple[list[slice], int] | None:
         """Pieces of the documents from `document` on that fill a row of `need` tokens, and the first document after it.
@@ -1876,7 +1846,7 @@ class Shard:
         """
         count = 8 + need // 256  # documents to look at: enough for most rows
         while True:
-            bounds = self.wait(document + count + 1)[document : document + count + 1]
+            bounds = self.bounds[document : document + count + 1]
             lengths = np.minimum(np.diff(bounds), max_doc_len)
             filled = np.cumsum(lengths)
             last = int(np.searchsorted(filled, need))
@@ -1913,7 +1883,8 @@ class Loader:
         self.track, self.runtime, self.identities = track, runtime, identities
         self.paths = find_shards(data_dir, "train", track.data) * track.data.epochs
         self.position = LoaderPosition()
-        self._shards: dict[int, Shard] = {}
+        self._shards: dict[int, Future[Shard]] = {}
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="shards")
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="loader")
         self._prefetched: tuple[int, LoaderPosition, Future] | None = None
 
@@ -1940,11 +1911,12 @@ class Loader:
             )
         for i in range(index, min(index + 2, len(self.paths))):
             if i not in self._shards:
-                self._shards[i] = Shard(self.paths[i], self.track.model.vocab_size, self.track.data.bos)
+                what = self.paths[i], self.track.model.vocab_size, self.track.data.bos
+                self._shards[i] = self._reader.submit(Shard.read, *what)
                 if self.identities is not None:
                     self.identities.opened(self.paths[i])
         self._shards = {i: shard for i, shard in self._shards.items() if i in (index, index + 1)}
-        return self._shards[index]
+        return self._shards[index].result()
 
     def _make(self, step: int, position: LoaderPosition) -> tuple[list[Row], LoaderPosition]:
         """The rank's rows of a step that begins at `position`, on the device, and the position after it."""
@@ -2090,7 +2062,7 @@ def validation_tokens(track: Track, data_dir: Path, identities: Identities) -> n
         if count:
             identities.opened(path)
             parts.append(np.fromfile(path, "<u2", count, offset=4 * HEADER_INTS))
-            check_tokens(path, parts[-1], 0, track.model.vocab_size)
+            check_tokens(path, parts[-1], track.model.vocab_size)
             have += count
     if have < need:
         raise SpeedrunError(
@@ -2403,8 +2375,6 @@ class Options:
     """Folder of the logs."""
     track_with: Literal["tensorboard", "wandb"] | None = None
     """Give the numbers of each step to TensorBoard (files beside the log) or Weights & Biases as well."""
-    val_every: int | None = None
-    """Steps between validations, 0: only at the end. Default: that of the track."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: CUDA where there is a GPU."""
     dtype: Literal["auto", "bfloat16", "float32", "float64"] = "auto"
@@ -3069,7 +3039,7 @@ class Trainer:
                 began = time.perf_counter()
                 self.train_step(step)
                 slowest = max(slowest, time.perf_counter() - began)
-            if self.runtime.compile and schedule.val_every:
+            if self.runtime.compile and self.track.val_every:
                 self.validate(self.track.validation_at(start), max_rows=1)
         if self.runtime.compile:
             self.validate(self.track.validation_at(stop), max_rows=1)
@@ -3172,9 +3142,9 @@ class Loop:
     def pause(self, step: int) -> float | None:
         """Before a step, off the clock: save, validate, stop, each where it is due. Returns the validation loss."""
         track, interrupt = self.trainer.track, self.interrupt
-        last, val_every = step == self.steps.stop, track.schedule.val_every
+        last = step == self.steps.stop
         saves = step > self.steps.start and self.saver.due(step, self.steps.stop)
-        validates = last or (val_every > 0 and step % val_every == 0)
+        validates = last or (track.val_every > 0 and step % track.val_every == 0)
         if not (saves or validates or interrupt.agreed):
             return None
         self.clock.stop()
@@ -3473,21 +3443,51 @@ def parse_command(
         options: Annotated[Options, tyro.conf.arg(name="")]
         track: Annotated[Track, tyro.conf.arg(name="")]
 
-    description = f"Track {name} (of {', '.join(TRACKS)}; name it first). Every number of it can be overridden."
+    track = change(TRACKS[name])
+    if {"--help", "-h"} & set(rest):
+        print("" if quiet else short_help(track), end="")
+        sys.exit()
     command = tyro.cli(
         Command,
-        args=rest,
-        default=Command(Options(), change(TRACKS[name])),
+        args=["--help" if word == "--help-all" else word for word in rest],
+        default=Command(Options(), track),
         prog=f"train_gpt.py {name}",
-        description=description,
+        description=f"Track {name}. Every number of it can be overridden.",
         console_outputs=not quiet,
         config=(tyro.conf.HelptextFromCommentsOff,),  # help is in docstrings; to look for comments costs 0.3 s
     )
-    track, options = command.track, command.options
-    if options.val_every is not None:
-        track = replace(track, schedule=replace(track.schedule, val_every=options.val_every))
-    check_ranges(flatten(track) | flatten(options))
-    return track, options
+    check_ranges(flatten(command.track) | flatten(command.options))
+    return command.track, command.options
+
+
+def short_help(track: Track) -> str:
+    """The options of a run, a line each, and the numbers of the track with their values."""
+    spelled = lambda name: name.replace("_", "-")
+    lines = [f"usage: train_gpt.py [{'|'.join(TRACKS)}] [--option value ...], here for {track.name}", ""]
+    for item, docstring in pairwise(ast.parse(inspect.getsource(Options)).body[0].body):
+        if isinstance(item, ast.AnnAssign):
+            said = " ".join(docstring.value.value.split())
+            lines.append(f"  --{spelled(item.target.id):17} {textwrap.shorten(said, 98, placeholder=' …')}")
+
+    groups: dict[str, list[str]] = {}
+    for name, value in flatten(track).items():
+        group, dot, number = spelled(name).rpartition(".")
+        if not group.startswith("optimizer.rules") and name != "name":
+            groups.setdefault(f"--{group}{dot}", []).append(f"{number} {value}".replace(", ", ","))
+    rules, rule = ([spelled(item.name) for item in dataclasses.fields(kind)] for kind in (Rules, Rule))
+    groups["--optimizer.rules.PARAMETER."] = [*rule, f"PARAMETER is {' '.join(rules)}"]
+    lines += [
+        "",
+        "Numbers of the track, options as well (--model.num-layers 4 --schedule.stages.0.lr 0.9 --no-model.smear):",
+    ]
+    for group, numbers in groups.items():
+        words = f"{group} {', '.join(numbers)}"
+        lines += textwrap.wrap(words, 132, initial_indent="  ", subsequent_indent=" " * 8, break_on_hyphens=False)
+    lines += [
+        "",
+        "--help-all explains all of them. What is no run: evals/plan.py, sibling.py, sample.py and hellaswag.py,",
+    ]
+    return "\n".join([*lines, "records/check.py and plot.py, data/*.py.", ""])
 
 
 def run(argv: list[str], change: Callable[[Track], Track] = lambda track: track) -> None:

@@ -115,7 +115,7 @@ def tiny_options() -> list[str]:
         "schedule.extension-steps": 2,
         "schedule.final-long-window": 24,
         "schedule.momentum-steps": (6, 3),
-        "schedule.val-every": 0,
+        "val-every": 0,
         "schedule.extension.tokens": 8 * 24,
         "schedule.extension.windows": (6, 20),
         "schedule.extension.max-doc-len": 20,
@@ -136,9 +136,9 @@ def parsed_tiny_options() -> Track:
     return train_gpt.parse_command(["nano", *tiny_options()])[0]
 
 
-def tiny_track(**data_or_schedule) -> Track:
+def tiny_track(val_every: int = 0, **data_or_schedule) -> Track:
     """The track of `tiny_options`, with further fields of its schedule or data replaced."""
-    track = parsed_tiny_options()
+    track = replace(parsed_tiny_options(), val_every=val_every)
     schedule = {k: v for k, v in data_or_schedule.items() if hasattr(track.schedule, k)}
     data = {k: v for k, v in data_or_schedule.items() if k not in schedule}
     return replace(track, schedule=replace(track.schedule, **schedule), data=replace(track.data, **data))

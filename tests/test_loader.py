@@ -5,12 +5,9 @@ import json
 import os
 import random
 import re
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -124,13 +121,12 @@ stage_shapes = st.tuples(st.integers(1, 14), st.integers(1, 20))
     stages=st.lists(stage_shapes, min_size=1, max_size=3),
     steps_each=st.integers(1, 3),
     world_size=st.sampled_from([1, 2, 4, 8]),
-    chunk=st.sampled_from([5, 64, 1 << 20]),
 )
-def test_the_ranks_rows_together_are_the_naive_stream(shards, stages, steps_each, world_size, chunk):
+def test_the_ranks_rows_together_are_the_naive_stream(shards, stages, steps_each, world_size):
     """Catches: a rule of the stream broken (piece length, skipped rest, one shard per step, dropped remainder), rows
     dealt to the wrong rank or twice, a stage's batch size or max_doc_len applied a step late, wrong cu_seqlens."""
     track, naive = track_with(stages, steps_each), NaiveStream(shards)
-    with TemporaryDirectory() as folder, patch.object(Shard, "CHUNK", chunk):
+    with TemporaryDirectory() as folder:
         write_shards(Path(folder), shards)
         loaders = [Loader(track, Path(folder), cpu(rank=r, world_size=world_size)) for r in range(world_size)]
         for step in range(track.schedule.total_steps):
@@ -246,38 +242,13 @@ def test_tokens_before_the_first_bos_are_never_trained_on(tmp_path):
     assert rows[0].inputs.tolist() == documents([30])[:29]
 
 
-def test_the_first_batch_does_not_wait_for_the_whole_shard(tmp_path, monkeypatch):
-    """Catches: a loader that reads and indexes 100M tokens before its first row. Here the scan stops after two chunks
-    until the batch has come."""
-    data_dir = write_shards(tmp_path, [documents([8] * 2000)])
-    monkeypatch.setattr(Shard, "CHUNK", 4000)
-    original, rows_came = Shard._publish, threading.Event()
-
-    def publish(self, bounds, *args, **kwargs):
-        if len(self.bounds) >= 1000:
-            rows_came.wait(60)
-        original(self, bounds, *args, **kwargs)
-
-    monkeypatch.setattr(Shard, "_publish", publish)
-    loader = Loader(track_with([(16, 99)], steps_each=1), data_dir, cpu())
-    with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(loader.next, 0)
-        try:
-            rows = future.result(timeout=10)
-            assert not loader._shards[0].scanned
-        finally:
-            rows_came.set()
-    for row, pieces in zip(rows, NaiveStream([documents([8] * 2000)]).step(8, 16, 99), strict=True):
-        check_row(row, pieces, 16, 99)
-
-
 def test_the_next_shard_is_read_before_it_is_needed(tmp_path):
     """Catches: a stall of a whole shard's reading at every shard end."""
     data_dir = write_shards(tmp_path, [documents([10] * 200)] * 3)
     loader = Loader(track_with([(6, 9)], steps_each=1), data_dir, cpu())
     loader.next(0)
     assert set(loader._shards) == {0, 1}
-    assert loader._shards[1].wait()[-1] == 2000  # comes without any row asked of it
+    assert loader._shards[1].result().bounds[-1] == 2000  # comes without any row asked of it
 
 
 def test_running_out_of_shards_is_said_and_nothing_is_repeated(tmp_path):
@@ -361,7 +332,7 @@ def test_a_file_that_ends_while_it_is_read_is_refused(tmp_path, monkeypatch):
     path = write_shard(tmp_path / "x_train_000001.bin", GOOD)
     monkeypatch.setattr(train_gpt, "read_shard_header", lambda path: 1100)
     with pytest.raises(SpeedrunError, match=r"x_train_000001\.bin.*ended while it was read"):
-        Shard(path, 257, BOS).wait()
+        Shard.read(path, 257, BOS)
 
 
 def test_a_missing_folder_names_the_folder_and_the_command(tmp_path):
@@ -519,7 +490,7 @@ def test_a_damaged_shard_is_refused_or_still_a_shard(tmp_path, count):
         content = mutated(original, rng)
         path.write_bytes(content)
         try:
-            bounds = train_gpt.Shard(path, 257, BOS).wait()
+            bounds = Shard.read(path, 257, BOS).bounds
         except SpeedrunError as error:
             refused += 1
             assert str(path) in str(error)

@@ -577,7 +577,7 @@ def test_data_is_changed(old, new, reason):
         ("Trainer.validate = lambda *a: 1.0", "Trainer.validate is assigned"),
         ("Loader._row = mine", "Loader._row is assigned"),
         ("setattr(Trainer, 'validate', f)", "setattr"),
-        ("setattr(Shard, 'CHUNK', 1)", "setattr"),
+        ("setattr(Shard, 'read', f)", "setattr"),
         ("class Mine(Loader):\n    def next(self, step): return []", "class Mine derives from Loader"),
         ("class Mine(Trainer):\n    def validate(self): return 1.0", "class Mine has its own validate"),
     ],
@@ -613,7 +613,7 @@ def test_accept(tmp_path, capsys, monkeypatch):
     code, out, _ = run(capsys, "--accept", "again")
     assert code == 0 and "already: longer rows" in out and len(Accepted.read().data_code) == 2
 
-    mixed = changed.replace("CHUNK = 1 << 20", "CHUNK = 1 << 21")
+    mixed = changed.replace("count *= 4", "count *= 2")
     reasons = data_reasons(mixed)
     assert len(reasons) == 1 and "Shard (line" in reasons[0] and reasons[0].endswith(": longer rows")
     for text in ("pass", "def (", "\0"):

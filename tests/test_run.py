@@ -165,7 +165,7 @@ def test_the_log_is_the_source_the_environment_the_settings_and_the_lines(whole_
         "data.rows_per_step": 2,
         "data.bos": BOS,
         "schedule.scheduled_steps": 18,
-        "schedule.val_every": 8,
+        "val_every": 8,
         "schedule.stages.1.tokens": track.schedule.stages[1].tokens,
         "schedule.stages.0.windows": track.schedule.stages[0].windows,
         "schedule.extension.tokens": 192,
@@ -253,7 +253,7 @@ def test_wandb_gets_the_same_numbers(wandb, tiny_data, tmp_path):
     (told,) = wandb.runs
     assert told.logged == [(event.pop("step"), event) for event in events_of(logs)]
     assert told.ended == 0 and told.settings["dir"] == logs
-    assert told.settings["config"]["schedule.val_every"] == 8 and told.settings["config"]["seed"] == 11
+    assert told.settings["config"]["val_every"] == 8 and told.settings["config"]["seed"] == 11
     assert told.settings["id"] == told.settings["name"] == next(logs.glob("*.txt")).stem
     assert "\ntrack_with: wandb\n" in log
 
@@ -343,11 +343,10 @@ def reduced(track: train_gpt.Track) -> train_gpt.Track:
         final_long_window=s.final_long_window // 64,
         yarn_max_window=s.yarn_max_window // 64 + 2,
         momentum_steps=(8, 4),
-        val_every=10,
     )
     model = replace(track.model, vocab_size=257, num_heads=2, head_dim=8, vocab_multiple=16)
     data = replace(track.data, bos=BOS, rows_per_step=2, val_tokens=700, val_row_tokens=350)
-    return replace(track, model=model, schedule=schedule, data=data)
+    return replace(track, model=model, schedule=schedule, data=data, val_every=10)
 
 
 @pytest.mark.parametrize("name", train_gpt.TRACKS)

@@ -13,7 +13,7 @@ from conftest import cpu, documents, tiny_track, write_shard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train_gpt import GPT, MEDIUM, NANO, SMALL, TRACKS, XL, SpeedrunError, Trainer, make_row, parse_command
+from train_gpt import GPT, MEDIUM, NANO, SMALL, TRACKS, XL, Options, SpeedrunError, Trainer, make_row, parse_command
 
 GOLDEN = np.load(Path(__file__).parent / "golden_optimizer.npz")
 LAST = 1764
@@ -51,7 +51,7 @@ def test_small_at_every_boundary(step):
 def test_small_has_its_steps_and_validations():
     """Catches: an edit of the official track that nobody meant."""
     s = SMALL.schedule
-    assert (s.scheduled_steps, s.extension_steps, s.total_steps, s.val_every) == (1725, 40, 1765, 250)
+    assert (s.scheduled_steps, s.extension_steps, s.total_steps, SMALL.val_every) == (1725, 40, 1765, 250)
     assert s.boundaries() == [0, 575, 1150, 1725]
     assert (SMALL.data.rows_per_step, SMALL.data.val_tokens, SMALL.data.val_row_tokens) == (8, 10_485_760, 262_144)
     assert SMALL.target_loss == 3.28 and SMALL.model.padded_vocab == 50304
@@ -253,7 +253,8 @@ def test_numbers_of_the_track_are_overridden_and_no_others():
     expected = replace(
         NANO,
         model=replace(NANO.model, num_layers=2),
-        schedule=replace(NANO.schedule, scheduled_steps=20, stages=stages, val_every=5),
+        schedule=replace(NANO.schedule, scheduled_steps=20, stages=stages),
+        val_every=5,
     )
     assert track == expected
     assert (options.max_steps, options.seed, options.dtype, options.warmup) == (7, 3, "float64", False)
@@ -268,7 +269,7 @@ def test_the_tracks_come_unchanged_without_options_and_nano_is_the_default():
 
 def test_val_every_zero_means_only_at_the_end():
     """Catches: 0 taken for "not given"."""
-    assert parse_command(["small", "--val-every", "0"])[0].schedule.val_every == 0
+    assert parse_command(["small", "--val-every", "0"])[0].val_every == 0
 
 
 @pytest.mark.parametrize(
@@ -290,8 +291,25 @@ def test_an_unknown_track_is_named_with_those_there_are():
         parse_command(["smal"])
 
 
-@pytest.mark.parametrize("words", [["--help"], ["nano", "--help"], ["small", "--help"]])
-def test_help_explains_the_options_and_the_numbers(words, capsys):
+@pytest.mark.parametrize(
+    "words", [["--help"], ["nano", "-h"], ["small", "--seed", "1", "--help"], ["medium", "--help"]]
+)
+def test_help_fits_a_screen(words, capsys):
+    """Catches: a page that nobody reads; an option or a number that is not on it; another track's values."""
+    with pytest.raises(SystemExit) as stop:
+        parse_command(words)
+    shown = capsys.readouterr().out
+    track = TRACKS.get(words[0], NANO)
+    assert not stop.value.code and len(shown.splitlines()) <= 60
+    for option in dataclasses.fields(Options):
+        assert f"  --{option.name.replace('_', '-')} " in shown
+    for number in dataclasses.fields(track.model):
+        assert f" {number.name.replace('_', '-')} {getattr(track.model, number.name)}".replace(", ", ",") in shown
+    assert f"--schedule.stages.{len(track.schedule.stages) - 1}. tokens" in shown and "evals/plan.py" in shown
+
+
+@pytest.mark.parametrize("words", [["--help-all"], ["small", "--help-all"]])
+def test_help_all_explains_the_options_and_the_numbers(words, capsys):
     """Catches: options without their docstrings, and a track whose help shows another's defaults."""
     with pytest.raises(SystemExit) as stop:
         parse_command(words)

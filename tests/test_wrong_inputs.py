@@ -100,7 +100,6 @@ NUMBERS = [
     ("--schedule.scheduled-steps 0", "--schedule.scheduled-steps: found 0"),
     ("--schedule.scheduled-steps 1000000000000 --max-steps 1000000000000", "too few tokens"),
     ("--schedule.extension-steps -1", "--schedule.extension-steps: found -1"),
-    ("--schedule.val-every -1", "--schedule.val-every: found -1"),
     ("--schedule.cooldown -1", "--schedule.cooldown: found -1.0, expected from 0 to 1"),
     ("--schedule.cooldown 1.5", "--schedule.cooldown: found 1.5"),
     ("--schedule.final-lr -1", "--schedule.final-lr: found -1.0"),
@@ -363,7 +362,7 @@ def test_no_number_of_a_track_or_run_may_be_nan_infinite_or_negative(wrong):
     """Catches: a field added later that takes what trains on NaN or in reverse. The two weights of the residual
     stream may be negative."""
     spoil = lambda value: (*value[:-1], spoil(value[-1])) if type(value) is tuple else wrong
-    options = Options(max_steps=1, val_every=1, loss_chunk=16)
+    options = Options(max_steps=1, loss_chunk=16)
     values = {key: value for track in TRACKS.values() for key, value in flatten(track).items()} | flatten(options)
     numbers = {key: value for key, value in values.items() if type(value) in (int, float, tuple) and value != ()}
     assert len(numbers) > 100
