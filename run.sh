@@ -156,7 +156,7 @@ except ChildFailedError as error:
     rank, failure = min(soon, key=lambda item: (item[1].exitcode >= 0 or item[1].exitcode == -15, item[1].timestamp))
     said = failure.message
     if isinstance(said, dict):
-        sys.exit("error: " + said["message"].partition(": ")[2])
+        sys.exit("error: " + said["message"])
     if failure.exitcode == -6:
         sys.exit(f"error: rank {rank} aborted; NCCL does so where another rank hangs. See --save-every and --resume.")
     if failure.exitcode < 0:

@@ -2539,11 +2539,11 @@ def inductor_options() -> dict[str, object]:
 
 
 def report_error(error: Exception) -> None:
-    """Show it, and leave it to torchrun, which names the rank whose error came first."""
-    from torch.distributed.elastic.multiprocessing.errors import ErrorHandler
-
+    """Show it, and leave it to torchrun, in the form of its ErrorHandler but with the message instead of a traceback."""
     print(f"error: {error}", file=sys.stderr, flush=True)
-    ErrorHandler().record_exception(error)  # nothing where torchrun did not start this process
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        extra = {"py_callstack": str(error), "timestamp": str(int(time.time()))}
+        Path(path).write_text(json.dumps({"message": {"message": str(error), "extraInfo": extra}}))
 
 
 def choose_device(options: Options, local_rank: int) -> torch.device:

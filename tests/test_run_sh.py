@@ -553,6 +553,6 @@ def test_the_real_torchrun(repo: FakeRepo):
     out, _ = repo.run("nano", "--seed", "1", NPROC="2", PYTHON=sys.executable)
     assert sorted(out.splitlines()) == [f"rank {rank} of 2: ['nano', '--seed', '1']" for rank in (0, 1)]
     _, err = repo.run("nano", code=1, NPROC="2", PYTHON=sys.executable, FAIL="both")
-    assert err.splitlines()[-1] == "error: what rank 1 found" and "Root Cause" not in err
+    assert err.splitlines()[-1] == "error: ValueError: what rank 1 found" and "Root Cause" not in err
     _, err = repo.run("nano", code=1, NPROC="2", PYTHON=sys.executable, FAIL="killed")
     assert err.splitlines()[-1] == "error: rank 1 was killed by SIGKILL. See --save-every and --resume."
