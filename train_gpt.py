@@ -1043,21 +1043,38 @@ def fused_cross_entropy(
 FP8_X, FP8_HEAD, FP8_GRAD = 100 / 448, 1.6 / 448, 0.75 / 448
 
 
-def scaled_matmul(
-    a: Tensor, b: Tensor, scale_a: float, scale_b: float, fast: bool, out: Tensor | None = None
-) -> Tensor:
-    """a b^T in FP8 with bfloat16 result, into `out` (m, n) where that is given; `fast`: sums in fewer than 32 bits.
-
-    a (m, k), b (n, k), both contiguous.
-    """
-    scales = (torch.full((), scale, dtype=torch.float32, device=a.device) for scale in (scale_a, scale_b))
-    return torch._scaled_mm(a, b.T, *scales, out_dtype=torch.bfloat16, use_fast_accum=fast, out=out)
+def to_fp8(x: Tensor, scale: float) -> Tensor:
+    return (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
 
 
 def fp8_head(head: Tensor) -> tuple[Tensor, Tensor]:
-    """The head (d, V) in FP8, and its transpose (V, d): FP8 products want both operands along the summed dimension."""
-    head8 = (head / FP8_HEAD).clamp(-448, 448).to(torch.float8_e4m3fn)
+    """The head (d, V) in FP8, and its transpose (V, d), both contiguous: see `head_matmul`."""
+    head8 = to_fp8(head, FP8_HEAD)
     return head8, head8.T.contiguous()
+
+
+def head_matmul(
+    a: Tensor, b: Tensor, scale_a: float, scale_b: float, fast_accum: bool = False, out: Tensor | None = None
+) -> Tensor:
+    """a (m, k) times b (k, n). Operands in FP8 have scales, and must be contiguous along the summed dimension k."""
+    if a.dtype.itemsize > 1:
+        return torch.mm(a, b, out=out)
+    a, b = a.contiguous(), b.T.contiguous().T
+    scales = (torch.full((), scale, dtype=torch.float32, device=a.device) for scale in (scale_a, scale_b))
+    return torch._scaled_mm(a, b, *scales, out_dtype=torch.bfloat16, use_fast_accum=fast_accum, out=out)
+
+
+def head_cross_entropy(
+    logits: Tensor, targets: Tensor, weights: Tensor, need_grad: bool, fused: bool, fp8: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`softcapped_cross_entropy`, with the gradient in the dtype of the logits, or divided by FP8_GRAD in FP8."""
+    if not fused:
+        losses, nlls, grad = softcapped_cross_entropy(logits, targets, weights)
+        return losses, nlls, (grad / FP8_GRAD).to(torch.float8_e5m2) if fp8 else grad.to(logits.dtype)
+    grad = None
+    if need_grad:
+        grad = torch.empty_like(logits, dtype=torch.float8_e5m2) if fp8 else logits  # written over the logits
+    return *fused_cross_entropy(logits, targets, weights, grad, FP8_GRAD if fp8 else 1.0), grad
 
 
 def _head_loss_fake(x, head, targets, weights, chunk, need_grad, fused, head8, head8_T):
@@ -1084,33 +1101,19 @@ def _head_loss_op(
     chunks = range(0, x.size(0), chunk)
     head_grad = torch.zeros_like(head, dtype=wide) if need_grad and len(chunks) > 1 else torch.empty_like(head[:0])
     fp8 = head8 is not None
+    forward_head, backward_head = (head8_T.T, head8.T) if fp8 else (head, head.T)  # (d, V) and (V, d)
     for begin in chunks:
         some = slice(begin, begin + chunk)
-        xs, ts = x[some], targets[:, some].contiguous()
-        if fp8:
-            x8 = (xs / FP8_X).clamp(-448, 448).to(torch.float8_e4m3fn)
-            logits = scaled_matmul(x8, head8_T, FP8_X, FP8_HEAD, fast=True)
-        else:
-            logits = xs @ head
-        if fused:
-            grad = None
-            if need_grad:
-                grad = torch.empty_like(logits, dtype=torch.float8_e5m2) if fp8 else logits
-            losses, nlls = fused_cross_entropy(logits, ts, weights, grad, FP8_GRAD if fp8 else 1.0)
-        else:
-            losses, nlls, grad = softcapped_cross_entropy(logits, ts, weights)
-            grad = (grad / FP8_GRAD).to(torch.float8_e5m2) if fp8 else grad.to(x.dtype)
+        ts = targets[:, some].contiguous()
+        xs = to_fp8(x[some], FP8_X) if fp8 else x[some]
+        logits = head_matmul(xs, forward_head, FP8_X, FP8_HEAD, fast_accum=True)
+        losses, nlls, grad = head_cross_entropy(logits, ts, weights, need_grad, fused, fp8)
         loss += losses.sum()
         nll += nlls.sum()
-        if not need_grad:
-            continue
-        if fp8:
-            scaled_matmul(grad, head8, FP8_GRAD, FP8_HEAD, fast=False, out=x_grad[some])
-            part = scaled_matmul(x8.T.contiguous(), grad.T.contiguous(), FP8_X, FP8_GRAD, fast=False)
-        else:
-            torch.mm(grad, head.T, out=x_grad[some])
-            part = xs.T @ grad
-        head_grad = part if len(chunks) == 1 else head_grad.add_(part)
+        if need_grad:
+            head_matmul(grad, backward_head, FP8_GRAD, FP8_HEAD, out=x_grad[some])
+            part = head_matmul(xs.T, grad, FP8_X, FP8_GRAD)
+            head_grad = part if len(chunks) == 1 else head_grad.add_(part)
     return loss, nll, x_grad, head_grad.to(head.dtype)
 
 
