@@ -1063,21 +1063,38 @@ def fused_cross_entropy(
 FP8_X, FP8_HEAD, FP8_GRAD = 100 / 448, 1.6 / 448, 0.75 / 448
 
 
-def scaled_matmul(
-    a: Tensor, b: Tensor, scale_a: float, scale_b: float, fast: bool, out: Tensor | None = None
-) -> Tensor:
-    """a b^T in FP8 with bfloat16 result, into `out` (m, n) where that is given; `fast`: sums in fewer than 32 bits.
-
-    a (m, k), b (n, k), both contiguous.
-    """
-    scales = (torch.full((), scale, dtype=torch.float32, device=a.device) for scale in (scale_a, scale_b))
-    return torch._scaled_mm(a, b.T, *scales, out_dtype=torch.bfloat16, use_fast_accum=fast, out=out)
+def to_fp8(x: Tensor, scale: float) -> Tensor:
+    return (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
 
 
 def fp8_head(head: Tensor) -> tuple[Tensor, Tensor]:
-    """The head (d, V) in FP8, and its transpose (V, d): FP8 products want both operands along the summed dimension."""
-    head8 = (head / FP8_HEAD).clamp(-448, 448).to(torch.float8_e4m3fn)
+    """The head (d, V) in FP8, and its transpose (V, d), both contiguous: see `head_matmul`."""
+    head8 = to_fp8(head, FP8_HEAD)
     return head8, head8.T.contiguous()
+
+
+def head_matmul(
+    a: Tensor, b: Tensor, scale_a: float, scale_b: float, fast_accum: bool = False, out: Tensor | None = None
+) -> Tensor:
+    """a (m, k) times b (k, n). Operands in FP8 have scales, and must be contiguous along the summed dimension k."""
+    if a.dtype.itemsize > 1:
+        return torch.mm(a, b, out=out)
+    a, b = a.contiguous(), b.T.contiguous().T
+    scales = (torch.full((), scale, dtype=torch.float32, device=a.device) for scale in (scale_a, scale_b))
+    return torch._scaled_mm(a, b, *scales, out_dtype=torch.bfloat16, use_fast_accum=fast_accum, out=out)
+
+
+def head_cross_entropy(
+    logits: Tensor, targets: Tensor, weights: Tensor, need_grad: bool, fused: bool, fp8: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`softcapped_cross_entropy`, with the gradient in the dtype of the logits, or divided by FP8_GRAD in FP8."""
+    if not fused:
+        losses, nlls, grad = softcapped_cross_entropy(logits, targets, weights)
+        return losses, nlls, (grad / FP8_GRAD).to(torch.float8_e5m2) if fp8 else grad.to(logits.dtype)
+    grad = None
+    if need_grad:
+        grad = torch.empty_like(logits, dtype=torch.float8_e5m2) if fp8 else logits  # written over the logits
+    return *fused_cross_entropy(logits, targets, weights, grad, FP8_GRAD if fp8 else 1.0), grad
 
 
 def _head_loss_fake(x, head, targets, weights, chunk, need_grad, fused, head8, head8_T):
@@ -1104,33 +1121,19 @@ def _head_loss_op(
     chunks = range(0, x.size(0), chunk)
     head_grad = torch.zeros_like(head, dtype=wide) if need_grad and len(chunks) > 1 else torch.empty_like(head[:0])
     fp8 = head8 is not None
+    forward_head, backward_head = (head8_T.T, head8.T) if fp8 else (head, head.T)  # (d, V) and (V, d)
     for begin in chunks:
         some = slice(begin, begin + chunk)
-        xs, ts = x[some], targets[:, some].contiguous()
-        if fp8:
-            x8 = (xs / FP8_X).clamp(-448, 448).to(torch.float8_e4m3fn)
-            logits = scaled_matmul(x8, head8_T, FP8_X, FP8_HEAD, fast=True)
-        else:
-            logits = xs @ head
-        if fused:
-            grad = None
-            if need_grad:
-                grad = torch.empty_like(logits, dtype=torch.float8_e5m2) if fp8 else logits
-            losses, nlls = fused_cross_entropy(logits, ts, weights, grad, FP8_GRAD if fp8 else 1.0)
-        else:
-            losses, nlls, grad = softcapped_cross_entropy(logits, ts, weights)
-            grad = (grad / FP8_GRAD).to(torch.float8_e5m2) if fp8 else grad.to(x.dtype)
+        ts = targets[:, some].contiguous()
+        xs = to_fp8(x[some], FP8_X) if fp8 else x[some]
+        logits = head_matmul(xs, forward_head, FP8_X, FP8_HEAD, fast_accum=True)
+        losses, nlls, grad = head_cross_entropy(logits, ts, weights, need_grad, fused, fp8)
         loss += losses.sum()
         nll += nlls.sum()
-        if not need_grad:
-            continue
-        if fp8:
-            scaled_matmul(grad, head8, FP8_GRAD, FP8_HEAD, fast=False, out=x_grad[some])
-            part = scaled_matmul(x8.T.contiguous(), grad.T.contiguous(), FP8_X, FP8_GRAD, fast=False)
-        else:
-            torch.mm(grad, head.T, out=x_grad[some])
-            part = xs.T @ grad
-        head_grad = part if len(chunks) == 1 else head_grad.add_(part)
+        if need_grad:
+            head_matmul(grad, backward_head, FP8_GRAD, FP8_HEAD, out=x_grad[some])
+            part = head_matmul(xs.T, grad, FP8_X, FP8_GRAD)
+            head_grad = part if len(chunks) == 1 else head_grad.add_(part)
     return loss, nll, x_grad, head_grad.to(head.dtype)
 
 
@@ -1193,64 +1196,62 @@ def split_halves(master: Tensor, high: Tensor, low: Tensor) -> None:
     low.copy_(bits)  # keeps the low 16 bits
 
 
+def read_master(p: Tensor, state: dict[str, Tensor]) -> Tensor:
+    return join_halves(p, state["low"]) if "low" in state else p
+
+
+def write_master(master: Tensor, p: Tensor, state: dict[str, Tensor]) -> None:
+    if "low" in state:
+        split_halves(master, p, state["low"])
+    elif master is not p:
+        p.copy_(master)
+
+
 def normuon_update(
     p: Tensor,  # (n, r, c) weights; in bfloat16 the upper halves of the master
-    low: Tensor | None,  # (n, r, c) int16, the lower halves
     grad: Tensor,  # (n, r, c)
-    momentum: Tensor,  # (n, r, c) first moment
-    mean_square: Tensor | None,  # (n, r, 1), or (n, 1, c) where r < c: second moment; None: Muon without it
-    lr_mul: Tensor,  # (n, 1, 1) multiplier of each matrix
-    mu: float | Tensor,
+    state: dict[str, Tensor],  # see `Optimizer.initial_state`
+    *,
     lr: float | Tensor,  # of this step
-    decay: float,
-    beta2: float,
-    rounds: int,  # of Polar Express
-    cautious: bool,
+    lr_mul: Tensor,  # (n, 1, 1) multiplier of each matrix
+    momentum: float | Tensor,
+    rule: Rule,
+    config: OptimizerConfig,
     fused: bool,
 ) -> None:
     """Nesterov momentum -> orthogonalize -> even out rows -> cautious decay and step; all in place."""
-    master = p if low is None else join_halves(p, low)
+    master, average = read_master(p, state), state["momentum"]
     grad = grad.to(master.dtype)
-    momentum.add_((grad - momentum) * (1 - mu))
-    update = grad + (momentum - grad) * mu
-    update = polar_express(update.to(p.dtype), fused, rounds).to(master.dtype)
-    if mean_square is not None:
-        update = normalize_rows(update, mean_square, beta2)
+    average.add_((grad - average) * (1 - momentum))
+    update = grad + (average - grad) * momentum
+    update = polar_express(update.to(p.dtype), fused, config.polar_express_rounds).to(master.dtype)
+    if rule.kind == "normuon":
+        update = normalize_rows(update, state["mean_square"], config.muon_beta2)
     step = lr_mul * lr * math.sqrt(max(1, p.size(1) / p.size(2)))
     # Cautious decay (arXiv:2510.12402): only where the step shrinks the weight anyway.
-    decayed = master * (update * master >= 0) if cautious else master
-    store(master - (update + decayed * (lr * decay)) * step, p, low)
+    decayed = master * (update * master >= 0) if config.cautious else master
+    write_master(master - (update + decayed * (lr * (config.muon_decay * rule.wd_mul))) * step, p, state)
 
 
 def adam_update(
-    p: Tensor,  # (n,) weights, as for `normuon_update`
-    low: Tensor | None,  # (n,) int16
+    p: Tensor,  # (n,) weights; in bfloat16 the upper halves of the master
     grad: Tensor,  # (n,)
-    exp_avg: Tensor,  # (n,) first moment
-    exp_avg_sq: Tensor,  # (n,) second moment
-    step: float | Tensor,  # lr times bias correction
+    state: dict[str, Tensor],  # see `Optimizer.initial_state`
+    *,
+    lr: float | Tensor,  # of this step, times bias correction
     decay: float | Tensor,
-    betas: tuple[float, float],
-    eps: float,
-    cautious: bool,
+    rule: Rule,
+    config: OptimizerConfig,
 ) -> None:
     """Adam with cautious decay, in place."""
-    master = p if low is None else join_halves(p, low)
-    grad = grad.to(master.dtype)
-    exp_avg.lerp_(grad, 1 - betas[0])
-    exp_avg_sq.mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1])
+    master, exp_avg, exp_avg_sq = read_master(p, state), state["exp_avg"], state["exp_avg_sq"]
+    grad, (beta1, beta2) = grad.to(master.dtype), rule.betas
+    exp_avg.lerp_(grad, 1 - beta1)
+    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
     # In place: fewer passes over memory take a quarter less time on a CPU, which does not fuse them.
-    update = exp_avg_sq.sqrt().add_(eps).reciprocal_().mul_(exp_avg).mul_(step)
-    decayed = (update * master).gt_(0).mul_(master) if cautious else master.clone()
-    store(master.sub_(update.add_(decayed.mul_(decay))), p, low)
-
-
-def store(master: Tensor, p: Tensor, low: Tensor | None) -> None:
-    """Put updated weights back in place, in one piece or in halves."""
-    if low is not None:
-        split_halves(master, p, low)
-    elif master is not p:
-        p.copy_(master)
+    update = exp_avg_sq.sqrt().add_(rule.eps).reciprocal_().mul_(exp_avg).mul_(lr)
+    decayed = (update * master).gt_(0).mul_(master) if config.cautious else master.clone()
+    write_master(master.sub_(update.add_(decayed.mul_(decay))), p, state)
 
 
 class Optimizer:
@@ -1274,34 +1275,38 @@ class Optimizer:
         self.state: dict[str, dict[str, Tensor]] = {}
         self.lr_mul: dict[str, Tensor] = {}  # of banks: (n, 1, 1), one per matrix of this rank's piece
         for name, p in params.items():
-            self._check(name, p)
-            piece = self.piece(name, p)
-            wide = torch.promote_types(p.dtype, torch.float32)
-            zeros = lambda *shape, dtype=wide, p=p: torch.zeros(shape, dtype=dtype, device=p.device)
+            self._check_rule(name, p)
+            self.state[name] = self.initial_state(name, p)
             if rules[name].kind != "adam":
-                n, r, c = piece.shape
-                first = runtime.rank * n if rules[name].sharded else 0
-                cycle = rules[name].lr_mul
-                lr_mul = torch.tensor([cycle[(first + i) % len(cycle)] for i in range(n)], dtype=wide)
-                self.lr_mul[name] = lr_mul.to(runtime.device).view(n, 1, 1)
-                self.state[name] = {"momentum": zeros(n, r, c)}
-                if rules[name].kind == "normuon":
-                    self.state[name]["mean_square"] = zeros(n, r, 1) if r >= c else zeros(n, 1, c)
-            else:
-                self.state[name] = {"exp_avg": zeros(*piece.shape), "exp_avg_sq": zeros(*piece.shape)}
-            if p.dtype == torch.bfloat16:
-                self.state[name]["low"] = zeros(*piece.shape, dtype=torch.int16)
+                cycle, wide = rules[name].lr_mul, torch.promote_types(p.dtype, torch.float32)
+                lr_mul = torch.tensor([cycle[i % len(cycle)] for i in range(len(p))], dtype=wide).view(-1, 1, 1)
+                self.lr_mul[name] = self.piece(name, lr_mul).to(runtime.device)
             if runtime.world_size > 1:
                 p.register_post_accumulate_grad_hook(functools.partial(self._gradient_arrived, name))
-        self._missing: set[str] = set()  # parameters without their gradient of the last backward pass yet
-        self._settings: Settings | None = None  # of that step
+        self._expected: dict[str, tuple[str, ...]] = {}  # `_updates` of the step whose last backward pass is under way
+        self._missing: set[str] = set()  # parameters without their gradient of that pass yet
         self._sums: dict[str, tuple[Tensor, dist.Work | None]] = {}  # of gradients over the ranks, under way
         self._normuon_update, self._adam_update = normuon_update, adam_update
         if runtime.compile:
-            compiled = functools.partial(torch.compile, dynamic=False, fullgraph=True)
-            self._normuon_update, self._adam_update = compiled(normuon_update), compiled(adam_update)
+            self._normuon_update = torch.compile(normuon_update, dynamic=False, fullgraph=True)
+            self._adam_update = torch.compile(adam_update, dynamic=False, fullgraph=True)
 
-    def _check(self, name: str, p: nn.Parameter) -> None:
+    def initial_state(self, name: str, p: Tensor) -> dict[str, Tensor]:
+        """The state of this rank's piece of a parameter, zeros: first and second moment, lower halves of bfloat16."""
+        shape, kind = self.piece(name, p).shape, self.rules[name].kind
+        if kind == "adam":
+            shapes = {"exp_avg": shape, "exp_avg_sq": shape}
+        else:
+            n, r, c = shape
+            second = {"mean_square": (n, r, 1) if r >= c else (n, 1, c)}
+            shapes = {"momentum": shape} | (second if kind == "normuon" else {})
+        wide = torch.promote_types(p.dtype, torch.float32)
+        state = {key: torch.zeros(shape, dtype=wide, device=p.device) for key, shape in shapes.items()}
+        if p.dtype == torch.bfloat16:
+            state["low"] = torch.zeros(shape, dtype=torch.int16, device=p.device)
+        return state
+
+    def _check_rule(self, name: str, p: nn.Parameter) -> None:
         """Raise SpeedrunError where a parameter cannot be updated by its rule."""
         rule, world, option = self.rules[name], self.runtime.world_size, f"--optimizer.rules.{name.replace('_', '-')}"
         adam = rule.kind == "adam"
@@ -1326,32 +1331,41 @@ class Optimizer:
             return tensor.unflatten(0, (world, -1))[rank]
         return tensor.view(world, -1)[rank]
 
+    def _updates(self, settings: Settings) -> dict[str, tuple[str, ...]]:
+        """The parameters that a step updates, in order, each with those that mirror it, transposed.
+
+        A mirror adds its gradient to that of the parameter and takes over the updated weights: so does the embedding
+        while it is tied to the head. Parameters of Adam wait for odd steps.
+        """
+        if not settings.adam_steps:
+            return {name: () for name in self.order if self.rules[name].kind != "adam"}
+        updates = {name: () for name in self.order}
+        if settings.tied:
+            del updates["embed"]
+            updates["head"] = ("embed",)
+        return updates
+
     def expect_gradients(self, settings: Settings) -> None:
         """Call before the last backward pass of a step: its gradients are final, so their sums can start."""
-        self._missing, self._settings = set(self.params), settings
+        self._expected, self._missing = self._updates(settings), set(self.params)
 
-    def _due(self, settings: Settings) -> list[str]:
-        """Parameters that a step updates. Adam's wait for odd steps; while tied, embed only mirrors the head."""
-        due = self.order if settings.adam_steps else [n for n in self.order if self.rules[n].kind != "adam"]
-        return [name for name in due if not (settings.tied and name == "embed")]
-
-    def _gradient_arrived(self, name: str, _: Tensor) -> None:
+    def _gradient_arrived(self, arrived: str, _: Tensor) -> None:
         """Hook of the backward pass, where there are several ranks."""
-        if name not in self._missing:
+        if arrived not in self._missing:
             return  # not the last backward pass
-        self._missing.remove(name)
-        parts = {"head", "embed"} if self._settings.tied and name in ("head", "embed") else {name}
-        name = "head" if len(parts) > 1 else name
-        if name in self._due(self._settings) and not parts & self._missing:
-            self._start_sum(name, self._settings)
+        self._missing.remove(arrived)
+        for name, mirrors in self._expected.items():
+            gradients = {name, *mirrors}
+            if arrived in gradients and not gradients & self._missing:
+                self._start_sum(name, mirrors)
 
     @torch.no_grad()
-    def _start_sum(self, name: str, settings: Settings) -> None:
+    def _start_sum(self, name: str, mirrors: tuple[str, ...]) -> None:
         """Start the sum of a gradient over the ranks; this rank's piece of it is complete after the wait."""
         grad, world = self.params[name].grad, self.runtime.world_size
-        if settings.tied and name == "head":
-            grad += self.params["embed"].grad.T
-            self.params["embed"].grad = None
+        for mirror in mirrors:
+            grad += self.params[mirror].grad.T
+            self.params[mirror].grad = None
         piece, work = self.piece(name, grad), None
         if world > 1 and self.rules[name].sharded:
             piece = torch.empty_like(piece)
@@ -1363,77 +1377,57 @@ class Optimizer:
     @torch.no_grad()
     def step(self, settings: Settings) -> None:
         """Apply the gradients in `.grad` and clear those; Adam's parameters wait for odd steps and accumulate."""
-        p, due = self.params, self._due(settings)
-        for name in due:
+        p, updates = self.params, self._updates(settings)
+        for name, mirrors in updates.items():
             if name not in self._sums:
-                self._start_sum(name, settings)
+                self._start_sum(name, mirrors)
         gathers = []
-        for name in due:
+        for name in updates:
             grad, work = self._sums.pop(name)
             if work is not None:
                 work.wait()
             piece = self.piece(name, p[name].data)
-            update = self._update_flat if self.rules[name].kind == "adam" else self._update_matrices
-            update(name, piece, grad, settings)
+            self._update(name, piece, grad, settings)
             p[name].grad = None
             if self.rules[name].sharded and self.runtime.world_size > 1:
                 gathers.append(all_gather_single(p[name].data.view(-1), piece.flatten().clone(), async_op=True))
         for work in gathers:
             work.wait()
-        if settings.tied and settings.adam_steps:
-            p["embed"].data.copy_(p["head"].data.T)
-        if settings.unties:
-            self._hand_over_head_state()
+        for name, mirrors in updates.items():
+            for mirror in mirrors:
+                p[mirror].data.copy_(p[name].data.T)
+                if settings.unties:
+                    self._hand_over_state(name, mirror)
 
-    def _update_matrices(self, name: str, piece: Tensor, grad: Tensor, settings: Settings) -> None:
-        state, config = self.state[name], self.config
-        self._normuon_update(
-            piece,
-            state.get("low"),
-            grad,
-            state["momentum"],
-            state.get("mean_square"),
-            self.lr_mul[name],
-            self._number(settings.momentum),
-            self._number(config.muon_lr * settings.lr),
-            config.muon_decay * self.rules[name].wd_mul,
-            config.muon_beta2,
-            config.polar_express_rounds,
-            config.cautious,
-            self.runtime.fused,
-        )
+    def _update(self, name: str, piece: Tensor, grad: Tensor, settings: Settings) -> None:
+        """Update this rank's piece of a parameter by its rule."""
+        rule, config, state = self.rules[name], self.config, self.state[name]
+        if rule.kind == "adam":
+            count = (settings.step + 1) // 2  # Adam steps so far, this one included
+            lr = config.adam_lr * settings.lr * rule.lr_mul[0]
+            corrected = lr * math.sqrt(1 - rule.betas[1] ** count) / (1 - rule.betas[0] ** count)
+            decay = lr**2 * config.adam_decay * rule.wd_mul
+            changing = {"lr": self._changing(corrected), "decay": self._changing(decay)}
+            self._adam_update(piece, grad, state, **changing, rule=rule, config=config)
+        else:
+            lr = config.muon_lr * settings.lr
+            changing = {"lr": self._changing(lr), "momentum": self._changing(settings.momentum)}
+            fixed = {"lr_mul": self.lr_mul[name], "rule": rule, "config": config, "fused": self.runtime.fused}
+            self._normuon_update(piece, grad, state, **changing, **fixed)
 
-    def _update_flat(self, name: str, piece: Tensor, grad: Tensor, settings: Settings) -> None:
-        state, rule = self.state[name], self.rules[name]
-        beta1, beta2 = rule.betas
-        lr = self.config.adam_lr * settings.lr * rule.lr_mul[0]
-        count = (settings.step + 1) // 2  # Adam steps so far, this one included
-        self._adam_update(
-            piece,
-            state.get("low"),
-            grad,
-            state["exp_avg"],
-            state["exp_avg_sq"],
-            self._number(lr * math.sqrt(1 - beta2**count) / (1 - beta1**count)),
-            self._number(lr**2 * self.config.adam_decay * rule.wd_mul),
-            rule.betas,
-            rule.eps,
-            self.config.cautious,
-        )
-
-    def _number(self, value: float) -> float | Tensor:
+    def _changing(self, value: float) -> float | Tensor:
         """What changes from step to step goes to a compiled function as a tensor: a new float would recompile it."""
         return torch.tensor(value, dtype=torch.float32) if self.runtime.compile else value
 
-    def _hand_over_head_state(self) -> None:
-        """Give the embedding (V, d) the optimizer state of the head (d, V), transposed and cut anew over the ranks."""
-        shape, world = self.params["head"].shape, self.runtime.world_size
-        for key, piece in self.state["head"].items():
+    def _hand_over_state(self, name: str, mirror: str) -> None:
+        """Give a mirror (V, d) the optimizer state of its parameter (d, V), transposed and cut anew over the ranks."""
+        shape, world = self.params[name].shape, self.runtime.world_size
+        for key, piece in self.state[name].items():
             whole = piece
-            if world > 1 and self.rules["head"].sharded:
+            if world > 1 and self.rules[name].sharded:
                 whole = torch.empty(piece.numel() * world, dtype=piece.dtype, device=piece.device)
                 all_gather_single(whole.view(torch.uint8), piece.view(torch.uint8))  # bytes: no backend knows int16
-            self.state["embed"][key].copy_(self.piece("embed", whole.view(shape).T.contiguous()))
+            self.state[mirror][key].copy_(self.piece(mirror, whole.view(shape).T.contiguous()))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
