@@ -2533,7 +2533,7 @@ def inductor_options() -> dict[str, object]:
 
 
 def report_error(error: Exception) -> None:
-    """Show it, and leave it to torchrun, in the form of its ErrorHandler but with the message instead of a traceback."""
+    """Show it, and leave it to torchrun as its ErrorHandler does, with the message in place of a traceback."""
     print(f"error: {error}", file=sys.stderr, flush=True)
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         extra = {"py_callstack": str(error), "timestamp": str(int(time.time()))}
