@@ -1641,8 +1641,7 @@ class GPT(nn.Module):
                 y = self.attend(layer, qkv, ve, cu_seqlens, max_seqlen, windows, tables, attn_scale, cache)
                 if c.attention_gates:
                     y = y * torch.sigmoid(F.linear(h[:, :g], self.attn_gates[layer.attention]))[..., None]
-                # As a batch of one: torch 2.13 would make it an addmm, for which cuBLAS copies x first.
-                x = x + F.linear(y.flatten(1)[None], sa_o * w_o[0])[0]
+                x = x + F.linear(y.flatten(1), sa_o * w_o[0])
             x = x + relu_squared_mlp(norm(x), mlp_bank[2 * i], mlp_bank[2 * i + 1], self.runtime.fused)
             if layer.kept:
                 outputs[i] = x
