@@ -1,6 +1,7 @@
 """Text from a model: the decoder, the draw, weights out and in, the commands' models."""
 
 import json
+import os
 import re
 import shutil
 import sys
@@ -73,16 +74,11 @@ def test_tokens_are_drawn_with_their_probabilities(temperature, top_k):
     assert stats.chisquare([drawn.count(token) for token in kept], expected.numpy()).pvalue > 1e-3
 
 
-def test_temperature_0_takes_the_likeliest_and_bos_ends_the_text():
+def test_temperature_0_takes_the_likeliest_bos_ends_the_text_and_a_seed_gives_the_same_one():
     assert list(generate(always(torch.tensor([0.0, 2.0, 1.0])), [0], 4, temperature=0)) == [1] * 4
     assert list(generate(always(torch.tensor([5.0, 2.0, 1.0])), [0], 4, temperature=0)) == []
-
-
-def test_the_draw_is_of_its_seed_and_leaves_the_runs_generator_alone():
-    logits, before = torch.zeros(30), torch.get_rng_state()
-    logits[0] = -99
-    first, again, other = (list(generate(always(logits), [0], 30, seed)) for seed in (1, 1, 2))
-    assert first == again != other and torch.equal(torch.get_rng_state(), before)
+    first, again, other = (list(generate(always(torch.zeros(999)), [0], 30, seed)) for seed in (1, 1, 2))
+    assert first == again != other
 
 
 def test_the_sample_of_a_run_is_what_the_decoder_draws():
@@ -128,29 +124,21 @@ def test_every_track_survives_its_settings():
         assert rebuild(train_gpt.Track, json.loads(json.dumps(train_gpt.flatten(track)))) == track
 
 
-@pytest.mark.parametrize(
-    "damage", ["no folder", "empty", "no JSON", "no track", "wrong type", "cut weights", "a shape"]
-)
+DAMAGES = {
+    "empty": lambda folder, values: [path.unlink() for path in folder.iterdir()],
+    "no JSON": lambda folder, values: (folder / "config.json").write_text("{"),
+    "no track": lambda folder, values: (folder / "config.json").write_text("{}"),
+    "a type": lambda folder, values: (folder / "config.json").write_text(json.dumps(values | {"model.num_heads": "2"})),
+    "a shape": lambda folder, values: (folder / "config.json").write_text(json.dumps(values | {"model.head_dim": 12})),
+    "cut weights": lambda folder, values: os.truncate(folder / "model.safetensors", 5000),
+    "no folder": lambda folder, values: shutil.rmtree(folder),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_what_is_no_model_is_refused_in_a_sentence(trained, tmp_path, damage):
-    folder = tmp_path / "export"
-    if damage != "no folder":
-        shutil.copytree(trained / "export", folder)
-    config, weights = folder / "config.json", folder / "model.safetensors"
-    values = json.loads((trained / "export" / "config.json").read_text())
-    match damage:
-        case "empty":
-            config.unlink()
-            weights.unlink()
-        case "no JSON":
-            config.write_text("{")
-        case "no track":
-            config.write_text("{}")
-        case "wrong type":
-            config.write_text(json.dumps(values | {"model.num_heads": "2"}))
-        case "cut weights":
-            weights.write_bytes(weights.read_bytes()[:-9])
-        case "a shape":
-            config.write_text(json.dumps(values | {"model.head_dim": 12}))
+    folder = shutil.copytree(trained / "export", tmp_path / "export")
+    DAMAGES[damage](folder, json.loads((folder / "config.json").read_text()))
     with pytest.raises(CheckpointError):
         load_model(folder, cpu())
 

@@ -9,7 +9,7 @@ from conftest import REPO, cpu, run_process, tiny_options
 
 from plan import meta_model
 from sibling import own_parser, parse_own, scaled, sibling
-from train_gpt import MEDIUM, NANO, SMALL, TRACKS, SpeedrunError
+from train_gpt import MEDIUM, SMALL, TRACKS, SpeedrunError
 
 WHOLE, HALF = Fraction(1), Fraction(1, 2)
 
@@ -75,7 +75,3 @@ def test_the_command_trains_the_sibling_with_further_options(tiny_data, tmp_path
     assert "optimizer.rules.head.lr_mul: (2.0,)" in settings, "that of the sibling"
     done = run_process([sys.executable, REPO / "evals" / "sibling.py", "nano", "--width", "0.3"])
     assert done.returncode == 1 and done.stderr.startswith("error: --width 0.3") and done.stderr.count("\n") == 1
-
-
-def test_nano_can_be_halved():
-    assert scaled(NANO, HALF, HALF).model.width == 64
