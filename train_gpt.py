@@ -1539,25 +1539,25 @@ class GPT(nn.Module):
         else:
             self._fp8_head = fp8_head
         # What `Lookup` adds the gradients of a step to, where compiled: one sum per table of a parameter.
-        self._table_sums: dict[str, list[Tensor]] = {}
+        self.table_sums: dict[str, list[Tensor]] = {}
         for name in ("embed", "value_embeds", "embed2"):
             if runtime.compile and hasattr(self, name):
                 wide = torch.promote_types(runtime.dtype, torch.float32)
                 zeros = torch.zeros_like(getattr(self, name).detach(), dtype=wide)
-                self._table_sums[name] = [total.clone() for total in zeros.view(-1, *zeros.shape[-2:])]
+                self.table_sums[name] = [total.clone() for total in zeros.view(-1, *zeros.shape[-2:])]
 
     def lookup(self, name: str, tokens: Tensor) -> list[Tensor]:
         """Rows `tokens` (*) of each table of a parameter (V, d) or (tables, V, d): (*, d) of each."""
         table = getattr(self, name)
         tables = table.unbind() if table.dim() == 3 else (table,)
-        if sums := self._table_sums.get(name):
+        if sums := self.table_sums.get(name):
             return [Lookup.apply(tokens, *pair) for pair in zip(tables, sums, strict=True)]
         return [F.embedding(tokens, table) for table in tables]
 
     @torch.no_grad()
     def hand_over_table_gradients(self) -> None:
         """Add to `.grad` of the embeddings what `Lookup` has kept since the last call."""
-        for name, sums in self._table_sums.items():
+        for name, sums in self.table_sums.items():
             p = getattr(self, name)
             grad = torch.stack([total.to(p.dtype) for total in sums]).view_as(p)
             p.grad = grad if p.grad is None else p.grad.add_(grad)

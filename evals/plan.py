@@ -66,7 +66,8 @@ class Memory:
 def plan_memory(track: Track, runtime: Runtime) -> Memory:
     """What a training step takes on a runtime, whose device nobody has to have. No tensor has data."""
     meta = replace(runtime, device=torch.device("meta"))
-    params = dict(meta_model(track, meta).named_parameters())
+    model = meta_model(track, meta)
+    params, sums = dict(model.named_parameters()), [total for totals in model.table_sums.values() for total in totals]
     with torch.device("meta"):
         state = Optimizer(params, track.optimizer, meta).state
     size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors)
@@ -76,7 +77,7 @@ def plan_memory(track: Track, runtime: Runtime) -> Memory:
     return Memory(
         weights=size(params.values()),
         optimizer=size(t for tensors in state.values() for t in tensors.values()),
-        gradients=size(params.values()),
+        gradients=size(params.values()) + size(sums),
         activations=activation_memory(track, runtime, tokens),
         cuda=CUDA_ITSELF if runtime.device.type == "cuda" else 0,
         logits=runtime.loss_chunk(tokens, track.model.padded_vocab) * each,
@@ -173,7 +174,9 @@ def plan(track: Track, options: Options, utilization: float = 0.4, tokens_per_se
         worlds = [world for world in (1, 2, 4, 8) if track.data.rows_per_step % world == 0]
         memories = lambda size: [plan_memory(track, gpu_runtime(options, world, size)) for world in worlds]
         found = {f" with {size} GB": memories(size) for size in GPUS}
-        options_of = lambda size: ", ".join(f"W = {world}: {fit(track, options, world, size)}" for world in worlds)
+        options_of = lambda size: ", ".join(
+            f"W = {world}: {options_that_fit(track, options, world, size)}" for world in worlds
+        )
         fits = ["", *(f"{size:3} GB  {options_of(size)}" for size in GPUS)]
         rate, how = utilization * H100, f"{utilization:.0%} of {H100 / 1e12:.0f} TFLOP/s (H100) per process"
     if tokens_per_second:
@@ -210,6 +213,7 @@ def gpu_runtime(options: Options, world_size: int, gigabytes: float) -> Runtime:
         device=torch.device("cuda"),
         world_size=world_size,
         dtype=torch.bfloat16,
+        compile=True,
         fused=options.kernels != "plain",
         fp8=options.head != "plain",
         max_loss_chunk=options.loss_chunk,
@@ -217,7 +221,7 @@ def gpu_runtime(options: Options, world_size: int, gigabytes: float) -> Runtime:
     )
 
 
-def fit(track: Track, options: Options, world_size: int, gigabytes: int) -> str:
+def options_that_fit(track: Track, options: Options, world_size: int, gigabytes: int) -> str:
     """The options with which a step fits into the memory of such a GPU: the first that does of a few."""
     for factor in (1, 2, 4, 8, 16):
         rows = track.data.rows_per_step * factor
