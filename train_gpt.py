@@ -1067,13 +1067,13 @@ def head_matmul(
 def head_cross_entropy(
     logits: Tensor, targets: Tensor, weights: Tensor, need_grad: bool, fused: bool, fp8: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`softcapped_cross_entropy`, with the gradient in the dtype of the logits, or divided by FP8_GRAD in FP8."""
+    """`softcapped_cross_entropy`, with the gradient in FP8 over FP8_GRAD, or as the logits (if fused, over them)."""
     if not fused:
         losses, nlls, grad = softcapped_cross_entropy(logits, targets, weights)
         return losses, nlls, (grad / FP8_GRAD).to(torch.float8_e5m2) if fp8 else grad.to(logits.dtype)
     grad = None
     if need_grad:
-        grad = torch.empty_like(logits, dtype=torch.float8_e5m2) if fp8 else logits  # written over the logits
+        grad = torch.empty_like(logits, dtype=torch.float8_e5m2) if fp8 else logits
     return *fused_cross_entropy(logits, targets, weights, grad, FP8_GRAD if fp8 else 1.0), grad
 
 
@@ -1177,6 +1177,7 @@ def split_halves(master: Tensor, high: Tensor, low: Tensor) -> None:
 
 
 def read_master(p: Tensor, state: dict[str, Tensor]) -> Tensor:
+    """Weights in full precision: of bfloat16, joined with the lower halves that the state keeps."""
     return join_halves(p, state["low"]) if "low" in state else p
 
 
@@ -1190,7 +1191,7 @@ def write_master(master: Tensor, p: Tensor, state: dict[str, Tensor]) -> None:
 def normuon_update(
     p: Tensor,  # (n, r, c) weights; in bfloat16 the upper halves of the master
     grad: Tensor,  # (n, r, c)
-    state: dict[str, Tensor],  # see `Optimizer.initial_state`
+    state: dict[str, Tensor],  # momentum (n, r, c), mean_square (n, r, 1) or, where r < c, (n, 1, c), low
     *,
     lr: float | Tensor,  # of this step
     lr_mul: Tensor,  # (n, 1, 1) multiplier of each matrix
@@ -1216,7 +1217,7 @@ def normuon_update(
 def adam_update(
     p: Tensor,  # (n,) weights; in bfloat16 the upper halves of the master
     grad: Tensor,  # (n,)
-    state: dict[str, Tensor],  # see `Optimizer.initial_state`
+    state: dict[str, Tensor],  # exp_avg, exp_avg_sq and low, (n,)
     *,
     lr: float | Tensor,  # of this step, times bias correction
     decay: float | Tensor,
@@ -1387,16 +1388,10 @@ class Optimizer:
             decay = self._changing(lr**2 * config.adam_decay * rule.wd_mul)
             self._adam_update(piece, grad, state, lr=corrected, decay=decay, rule=rule, config=config)
         else:
+            lr, momentum = self._changing(config.muon_lr * settings.lr), self._changing(settings.momentum)
+            lr_mul, fused = self.lr_mul[name], self.runtime.fused
             self._normuon_update(
-                piece,
-                grad,
-                state,
-                lr=self._changing(config.muon_lr * settings.lr),
-                lr_mul=self.lr_mul[name],
-                momentum=self._changing(settings.momentum),
-                rule=rule,
-                config=config,
-                fused=self.runtime.fused,
+                piece, grad, state, lr=lr, lr_mul=lr_mul, momentum=momentum, rule=rule, config=config, fused=fused
             )
 
     def _changing(self, value: float) -> float | Tensor:
