@@ -725,10 +725,10 @@ def softcapped_cross_entropy(
     """
     z = softcapped(logits)
     log_sum = z.logsumexp(1, keepdim=True)
-    found = (targets >= 0).T  # (T, K)
+    has_target = (targets >= 0).T  # (T, K)
     targets = targets.clamp_min(0).T
-    losses = (log_sum - z.gather(1, targets)) * found
-    weighted = found * weights
+    losses = (log_sum - z.gather(1, targets)) * has_target
+    weighted = has_target * weights
     grad = (z - log_sum).exp_().mul_(weighted.sum(1, keepdim=True)).scatter_add_(1, targets, -weighted)
     grad *= z * (1 - z / 23) / 7.5
     return losses @ weights, losses[:, 0], grad
@@ -840,11 +840,11 @@ def _symmetric(
 def _launch_symmetric(X: Tensor, alpha: float, beta: float, gamma: float, add: bool) -> Tensor:
     X = X.contiguous()
     n, r, c = X.shape
-    shape = tiles(X.device)
-    block = min(shape.m, shape.n)
+    tile = tiles(X.device)
+    block = min(tile.m, tile.n)
     Y = torch.empty(n, r, r, dtype=X.dtype, device=X.device)
     rows = triton.cdiv(r, block)
-    sizes = {"ADD": add, "BLOCK": block, "BLOCK_K": shape.k, "num_warps": shape.warps, "num_stages": shape.stages}
+    sizes = {"ADD": add, "BLOCK": block, "BLOCK_K": tile.k, "num_warps": tile.warps, "num_stages": tile.stages}
     _symmetric[rows * (rows + 1) // 2, n](X, Y, r, c, alpha, beta, gamma, **sizes)
     return Y
 
@@ -924,13 +924,13 @@ def _launch_linear_relu_square(a: Tensor, b: Tensor, post: Tensor | None) -> Ten
     a, b = a.contiguous(), b.contiguous()
     (M, K), N = a.shape, b.size(0)
     out = torch.empty(M, N, dtype=a.dtype, device=a.device)
-    shape = tiles(a.device)
+    tile = tiles(a.device)
     operands = [a, b, out]
-    descriptors = shape.descriptors and all(x.size(1) * x.element_size() % 16 == 0 for x in operands)
+    descriptors = tile.descriptors and all(x.size(1) * x.element_size() % 16 == 0 for x in operands)
     if descriptors:
-        blocks = ([shape.m, shape.k], [shape.n, shape.k], [shape.m, shape.n // 2])
+        blocks = ([tile.m, tile.k], [tile.n, tile.k], [tile.m, tile.n // 2])
         operands = [TensorDescriptor.from_tensor(x, block) for x, block in zip(operands, blocks, strict=True)]
-    num_tiles = triton.cdiv(M, shape.m) * triton.cdiv(N, shape.n)
+    num_tiles = triton.cdiv(M, tile.m) * triton.cdiv(N, tile.n)
     _linear_relu_square[(min(num_tiles, multiprocessors(a.device)),)](
         *operands,
         out if post is None else post,
@@ -939,12 +939,12 @@ def _launch_linear_relu_square(a: Tensor, b: Tensor, post: Tensor | None) -> Ten
         K,
         FORWARD=post is None,
         DESCRIPTORS=descriptors,
-        BLOCK_M=shape.m,
-        BLOCK_N=shape.n,
-        BLOCK_K=shape.k,
+        BLOCK_M=tile.m,
+        BLOCK_N=tile.n,
+        BLOCK_K=tile.k,
         GROUP=8,
-        num_warps=shape.warps,
-        num_stages=shape.stages if post is None else shape.stages - 1,  # backward, post takes shared memory as well
+        num_warps=tile.warps,
+        num_stages=tile.stages if post is None else tile.stages - 1,  # backward, post takes shared memory as well
     )
     return out
 
@@ -1087,13 +1087,13 @@ def head_matmul(
 def head_cross_entropy(
     logits: Tensor, targets: Tensor, weights: Tensor, need_grad: bool, fused: bool, fp8: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`softcapped_cross_entropy`, with the gradient in the dtype of the logits, or divided by FP8_GRAD in FP8."""
+    """`softcapped_cross_entropy`, with the gradient in FP8 over FP8_GRAD, or as the logits (if fused, over them)."""
     if not fused:
         losses, nlls, grad = softcapped_cross_entropy(logits, targets, weights)
         return losses, nlls, (grad / FP8_GRAD).to(torch.float8_e5m2) if fp8 else grad.to(logits.dtype)
     grad = None
     if need_grad:
-        grad = torch.empty_like(logits, dtype=torch.float8_e5m2) if fp8 else logits  # written over the logits
+        grad = torch.empty_like(logits, dtype=torch.float8_e5m2) if fp8 else logits
     return *fused_cross_entropy(logits, targets, weights, grad, FP8_GRAD if fp8 else 1.0), grad
 
 
@@ -1123,15 +1123,15 @@ def _head_loss_op(
     fp8 = head8 is not None
     forward_head, backward_head = (head8_T.T, head8.T) if fp8 else (head, head.T)  # (d, V) and (V, d)
     for begin in chunks:
-        some = slice(begin, begin + chunk)
-        ts = targets[:, some].contiguous()
-        xs = to_fp8(x[some], FP8_X) if fp8 else x[some]
+        positions = slice(begin, begin + chunk)
+        ts = targets[:, positions].contiguous()
+        xs = to_fp8(x[positions], FP8_X) if fp8 else x[positions]
         logits = head_matmul(xs, forward_head, FP8_X, FP8_HEAD, fast_accum=True)
         losses, nlls, grad = head_cross_entropy(logits, ts, weights, need_grad, fused, fp8)
         loss += losses.sum()
         nll += nlls.sum()
         if need_grad:
-            head_matmul(grad, backward_head, FP8_GRAD, FP8_HEAD, out=x_grad[some])
+            head_matmul(grad, backward_head, FP8_GRAD, FP8_HEAD, out=x_grad[positions])
             part = head_matmul(xs.T, grad, FP8_X, FP8_GRAD)
             head_grad = part if len(chunks) == 1 else head_grad.add_(part)
     return loss, nll, x_grad, head_grad.to(head.dtype)
@@ -1197,6 +1197,7 @@ def split_halves(master: Tensor, high: Tensor, low: Tensor) -> None:
 
 
 def read_master(p: Tensor, state: dict[str, Tensor]) -> Tensor:
+    """Weights in full precision: of bfloat16, joined with the lower halves that the state keeps."""
     return join_halves(p, state["low"]) if "low" in state else p
 
 
@@ -1210,7 +1211,7 @@ def write_master(master: Tensor, p: Tensor, state: dict[str, Tensor]) -> None:
 def normuon_update(
     p: Tensor,  # (n, r, c) weights; in bfloat16 the upper halves of the master
     grad: Tensor,  # (n, r, c)
-    state: dict[str, Tensor],  # see `Optimizer.initial_state`
+    state: dict[str, Tensor],  # momentum (n, r, c), mean_square (n, r, 1) or, where r < c, (n, 1, c), low
     *,
     lr: float | Tensor,  # of this step
     lr_mul: Tensor,  # (n, 1, 1) multiplier of each matrix
@@ -1236,7 +1237,7 @@ def normuon_update(
 def adam_update(
     p: Tensor,  # (n,) weights; in bfloat16 the upper halves of the master
     grad: Tensor,  # (n,)
-    state: dict[str, Tensor],  # see `Optimizer.initial_state`
+    state: dict[str, Tensor],  # exp_avg, exp_avg_sq and low, (n,)
     *,
     lr: float | Tensor,  # of this step, times bias correction
     decay: float | Tensor,
@@ -1294,14 +1295,12 @@ class Optimizer:
     def initial_state(self, name: str, p: Tensor) -> dict[str, Tensor]:
         """The state of this rank's piece of a parameter, zeros: first and second moment, lower halves of bfloat16."""
         shape, kind = self.piece(name, p).shape, self.rules[name].kind
-        if kind == "adam":
-            shapes = {"exp_avg": shape, "exp_avg_sq": shape}
-        else:
+        shapes = {"exp_avg": shape, "exp_avg_sq": shape} if kind == "adam" else {"momentum": shape}
+        if kind == "normuon":
             n, r, c = shape
-            second = {"mean_square": (n, r, 1) if r >= c else (n, 1, c)}
-            shapes = {"momentum": shape} | (second if kind == "normuon" else {})
+            shapes["mean_square"] = (n, r, 1) if r >= c else (n, 1, c)
         wide = torch.promote_types(p.dtype, torch.float32)
-        state = {key: torch.zeros(shape, dtype=wide, device=p.device) for key, shape in shapes.items()}
+        state = {key: torch.zeros(size, dtype=wide, device=p.device) for key, size in shapes.items()}
         if p.dtype == torch.bfloat16:
             state["low"] = torch.zeros(shape, dtype=torch.int16, device=p.device)
         return state
@@ -1405,15 +1404,15 @@ class Optimizer:
         if rule.kind == "adam":
             count = (settings.step + 1) // 2  # Adam steps so far, this one included
             lr = config.adam_lr * settings.lr * rule.lr_mul[0]
-            corrected = lr * math.sqrt(1 - rule.betas[1] ** count) / (1 - rule.betas[0] ** count)
-            decay = lr**2 * config.adam_decay * rule.wd_mul
-            changing = {"lr": self._changing(corrected), "decay": self._changing(decay)}
-            self._adam_update(piece, grad, state, **changing, rule=rule, config=config)
+            corrected = self._changing(lr * math.sqrt(1 - rule.betas[1] ** count) / (1 - rule.betas[0] ** count))
+            decay = self._changing(lr**2 * config.adam_decay * rule.wd_mul)
+            self._adam_update(piece, grad, state, lr=corrected, decay=decay, rule=rule, config=config)
         else:
-            lr = config.muon_lr * settings.lr
-            changing = {"lr": self._changing(lr), "momentum": self._changing(settings.momentum)}
-            fixed = {"lr_mul": self.lr_mul[name], "rule": rule, "config": config, "fused": self.runtime.fused}
-            self._normuon_update(piece, grad, state, **changing, **fixed)
+            lr, momentum = self._changing(config.muon_lr * settings.lr), self._changing(settings.momentum)
+            lr_mul, fused = self.lr_mul[name], self.runtime.fused
+            self._normuon_update(
+                piece, grad, state, lr=lr, lr_mul=lr_mul, momentum=momentum, rule=rule, config=config, fused=fused
+            )
 
     def _changing(self, value: float) -> float | Tensor:
         """What changes from step to step goes to a compiled function as a tensor: a new float would recompile it."""

@@ -1,5 +1,6 @@
 """Optimizer: Polar Express against SVD, NorMuon and Adam against plain float64 formulas, all against golden numbers."""
 
+import functools
 import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 import train_gpt
 from train_gpt import SMALL, Optimizer, OptimizerConfig, Rule, Rules, join_halves, polar_express, split_halves
@@ -465,6 +467,31 @@ def test_small_updates_are_not_lost_in_bfloat16():
         optimizer.step(settings_of(step))
     assert p.detach().float().numpy() == pytest.approx(1 - 64 * 2.0**-12, abs=2.0**-8)
     assert (p < 1).all()
+
+
+# ---- compiled ----
+
+
+def test_an_update_is_compiled_once_per_shape(monkeypatch):
+    """Catches: a learning rate or momentum that reaches the compiled update as a number, which makes a graph per step;
+    parameters that differ in lr_mul or decay alone and do not share a graph; a graph break, which fullgraph refuses."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    rng = np.random.default_rng(7)
+    shapes = {"bank": (4, 12, 8), "skip_gate": (5, 7), "smear_gate": (5, 7), "backout_lambda": (5, 7)}
+    start = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    before, masters = counters["stats"]["unique_graphs"], []
+    for compiled in (False, True):
+        params = {name: nn.Parameter(torch.from_numpy(a).bfloat16()) for name, a in start.items()}
+        optimizer = Optimizer(params, FREE, replace(cpu(torch.bfloat16), compile=compiled))
+        for step in range(8):
+            for name, p in params.items():
+                p.grad = torch.from_numpy(start[name]).bfloat16() * (step + 1)
+            optimizer.step(settings_of(step, lr=1 + 0.1 * step, momentum=0.85 + 0.01 * step))
+        masters.append([master_of(p.data, optimizer.state[name]["low"]) for name, p in params.items()])
+    assert counters["stats"]["unique_graphs"] - before == 2, "one of the bank, one of the gates"
+    for plain, compiled in zip(*masters, strict=True):
+        np.testing.assert_allclose(compiled, plain, rtol=1e-5, atol=1e-6)
 
 
 # ---- when the sums over the ranks start ----
