@@ -197,7 +197,18 @@ def test_what_is_complete_counts_when_it_is_interrupted(tmp_path, monkeypatch, c
 def test_it_trains_what_is_missing_and_keeps_what_is_there(tiny_data, tmp_path):
     """The command, on the tiny track: two runs, a table, and nothing left to do on the second call."""
     command = [sys.executable, REPO / "records" / "ablate.py", "--seeds", "1", "--only", "no smear", "--out", tmp_path]
-    extra = ["--extra", *tiny_options(), "--data.rows-per-step", 1, "--data-dir", tiny_data, "--device", "cpu"]
+    extra = [
+        "--extra",
+        *tiny_options(),
+        "--data.rows-per-step",
+        1,
+        "--data-dir",
+        tiny_data,
+        "--device",
+        "cpu",
+        "--val-every",
+        20,
+    ]
     calls = [
         subprocess.run([*map(str, [*command, *extra])], capture_output=True, text=True, timeout=300) for _ in range(2)
     ]
