@@ -1149,6 +1149,61 @@ def _head_loss_backward(ctx, grad: Tensor, *_: None) -> tuple[Tensor | None, ...
 torch.library.register_autograd("speedrun::head_loss", _head_loss_backward, setup_context=_head_loss_setup_context)
 
 
+def activate_flash_attention(wanted: str = "auto") -> str:
+    """Let varlen_attn run FlashAttention-3 or -4 where one is installed and works; returns which one runs.
+
+    Raises SpeedrunError if the `wanted` one cannot run.
+    """
+    import torch.nn.attention.varlen  # here, because it takes 1.4 s that a CPU run need not wait for
+
+    major, errors = torch.cuda.get_device_capability()[0], []
+    expected = try_attention() if wanted != "FA2" and major in (9, 10) else None
+    for version, majors in (("FA3", (9,)), ("FA4", (9, 10))):
+        if wanted not in ("auto", version):
+            continue
+        try:
+            if major not in majors:
+                raise RuntimeError(f"for compute capability {majors}, this GPU has {major}")
+            if version == "FA3":
+                provide_flash_attention_3()
+            torch.nn.attention.activate_flash_attention_impl(version)
+            found = try_attention()
+            if not all((a - b).norm() < 2e-2 * b.norm() for a, b in zip(found, expected, strict=True)):
+                raise RuntimeError("its results are not those of FlashAttention-2")
+            return version
+        except Exception as error:  # not installed, not for this torch, broken: a foreign package can raise anything
+            errors.append(f"{version}: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+            torch.nn.attention.restore_flash_attention_impl(_raise_warn=False)
+    if wanted in ("FA3", "FA4"):
+        raise SpeedrunError(f"--attention {wanted}: {'; '.join(errors)}. Install it, or drop the option.")
+    if wanted == "auto" and major in (9, 10):
+        return f"FA2 of torch, SLOW ON THIS GPU: pip install -r requirements-gpu.txt ({'; '.join(errors)})"
+    return "FA2 of torch"
+
+
+def try_attention() -> list[Tensor]:
+    """Results and gradients of a small attention as the model has it, by the FlashAttention that is active."""
+    values = torch.rand(4, 256, 2, 128, generator=torch.Generator().manual_seed(0)).sub(0.5).cuda().bfloat16()
+    q, k, v = (x.requires_grad_() for x in values[:3].clone())
+    starts = torch.tensor([0, 100, 256, 256], dtype=torch.int32, device="cuda")
+    out = varlen_attention(q, k, v, starts, 156, 0.1, 64)
+    return [x.detach().float() for x in (out, *torch.autograd.grad(out, (q, k, v), values[3]))]
+
+
+def provide_flash_attention_3() -> None:
+    """Where it was not built from source, take FlashAttention-3 from the package `kernels`, which fetches it built.
+
+    torch looks for the module flash_attn_interface and the operators flash_attn_3. Raises ImportError without either.
+    """
+    if importlib.util.find_spec("flash_attn_interface"):
+        return
+    from kernels import get_kernel
+
+    kernel = get_kernel("kernels-community/flash-attn3", version=1)
+    sys.modules["flash_attn_interface"] = kernel
+    torch.ops.flash_attn_3 = kernel._ops.ops
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Optimizer: NorMuon for the banks, Adam for the rest, sharded over the ranks.
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2597,61 +2652,6 @@ def keep_freed_memory() -> None:
         if hasattr(libc, "mallopt"):
             libc.mallopt(M_MMAP_MAX, 0)
             libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-
-
-def activate_flash_attention(wanted: str = "auto") -> str:
-    """Let varlen_attn run FlashAttention-3 or -4 where one is installed and works; returns which one runs.
-
-    Raises SpeedrunError if the `wanted` one cannot run.
-    """
-    import torch.nn.attention.varlen  # here, because it takes 1.4 s that a CPU run need not wait for
-
-    major, errors = torch.cuda.get_device_capability()[0], []
-    expected = try_attention() if wanted != "FA2" and major in (9, 10) else None
-    for version, majors in (("FA3", (9,)), ("FA4", (9, 10))):
-        if wanted not in ("auto", version):
-            continue
-        try:
-            if major not in majors:
-                raise RuntimeError(f"for compute capability {majors}, this GPU has {major}")
-            if version == "FA3":
-                provide_flash_attention_3()
-            torch.nn.attention.activate_flash_attention_impl(version)
-            found = try_attention()
-            if not all((a - b).norm() < 2e-2 * b.norm() for a, b in zip(found, expected, strict=True)):
-                raise RuntimeError("its results are not those of FlashAttention-2")
-            return version
-        except Exception as error:  # not installed, not for this torch, broken: a foreign package can raise anything
-            errors.append(f"{version}: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
-            torch.nn.attention.restore_flash_attention_impl(_raise_warn=False)
-    if wanted in ("FA3", "FA4"):
-        raise SpeedrunError(f"--attention {wanted}: {'; '.join(errors)}. Install it, or drop the option.")
-    if wanted == "auto" and major in (9, 10):
-        return f"FA2 of torch, SLOW ON THIS GPU: pip install -r requirements-gpu.txt ({'; '.join(errors)})"
-    return "FA2 of torch"
-
-
-def try_attention() -> list[Tensor]:
-    """Results and gradients of a small attention as the model has it, by the FlashAttention that is active."""
-    values = torch.rand(4, 256, 2, 128, generator=torch.Generator().manual_seed(0)).sub(0.5).cuda().bfloat16()
-    q, k, v = (x.requires_grad_() for x in values[:3].clone())
-    starts = torch.tensor([0, 100, 256, 256], dtype=torch.int32, device="cuda")
-    out = varlen_attention(q, k, v, starts, 156, 0.1, 64)
-    return [x.detach().float() for x in (out, *torch.autograd.grad(out, (q, k, v), values[3]))]
-
-
-def provide_flash_attention_3() -> None:
-    """Where it was not built from source, take FlashAttention-3 from the package `kernels`, which fetches it built.
-
-    torch looks for the module flash_attn_interface and the operators flash_attn_3. Raises ImportError without either.
-    """
-    if importlib.util.find_spec("flash_attn_interface"):
-        return
-    from kernels import get_kernel
-
-    kernel = get_kernel("kernels-community/flash-attn3", version=1)
-    sys.modules["flash_attn_interface"] = kernel
-    torch.ops.flash_attn_3 = kernel._ops.ops
 
 
 def cpu_name() -> str:
