@@ -42,7 +42,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, Literal, NamedTuple, NoReturn
 
 import numpy as np
 import safetensors.torch
@@ -196,27 +196,33 @@ class Rule:
     """Adam's guard against division by zero."""
 
 
+LAMBDA = Rule("adam", sharded=False, lr_mul=(5.0,), wd_mul=0.0)
+MIX = replace(LAMBDA, betas=(0.65, 0.95))
+TABLE = Rule("adam", sharded=True, lr_mul=(75.0,), wd_mul=5.0, betas=(0.75, 0.95))
+HEAD = Rule("adam", sharded=True, wd_mul=150.0, betas=(0.5, 0.95))
+
+
 @dataclass(frozen=True)
 class Rules:
     """The table of the optimizer: a rule per parameter."""
 
     attn_bank: Rule = Rule("normuon", sharded=True)
     mlp_bank: Rule = Rule("normuon", sharded=True, lr_mul=(1.0, 2.0))
-    resid_lambda: Rule = Rule("adam", sharded=False, lr_mul=(5.0,), wd_mul=0.0)
-    sa_lambda: Rule = Rule("adam", sharded=False, lr_mul=(5.0,), wd_mul=0.0)
-    x0_lambda: Rule = Rule("adam", sharded=False, lr_mul=(5.0,), wd_mul=0.0, betas=(0.65, 0.95))
-    x02_lambda: Rule = Rule("adam", sharded=False, lr_mul=(5.0,), wd_mul=0.0, betas=(0.65, 0.95))
-    smear_lambda: Rule = Rule("adam", sharded=False, lr_mul=(5.0,), wd_mul=0.0)
-    skip_lambda: Rule = Rule("adam", sharded=False, lr_mul=(5.0,), wd_mul=0.0)
-    backout_lambda: Rule = Rule("adam", sharded=False, lr_mul=(5.0,), wd_mul=0.0)
+    resid_lambda: Rule = LAMBDA
+    sa_lambda: Rule = LAMBDA
+    x0_lambda: Rule = MIX
+    x02_lambda: Rule = MIX
+    smear_lambda: Rule = LAMBDA
+    skip_lambda: Rule = LAMBDA
+    backout_lambda: Rule = LAMBDA
     smear_gate: Rule = Rule("adam", sharded=False, lr_mul=(0.01,), wd_mul=0.0)
     skip_gate: Rule = Rule("adam", sharded=False, lr_mul=(0.05,), wd_mul=0.0)
     attn_gates: Rule = Rule("adam", sharded=False)
     value_gates: Rule = Rule("adam", sharded=False)
-    value_embeds: Rule = Rule("adam", sharded=True, lr_mul=(75.0,), wd_mul=5.0, betas=(0.75, 0.95))
-    embed2: Rule = Rule("adam", sharded=True, lr_mul=(75.0,), wd_mul=5.0, betas=(0.75, 0.95))
-    head: Rule = Rule("adam", sharded=True, wd_mul=150.0, betas=(0.5, 0.95))
-    embed: Rule = Rule("adam", sharded=True, wd_mul=150.0, betas=(0.5, 0.95))
+    value_embeds: Rule = TABLE
+    embed2: Rule = TABLE
+    head: Rule = HEAD
+    embed: Rule = HEAD
 
 
 @dataclass(frozen=True)
@@ -294,10 +300,6 @@ class Schedule:
         """The stages and the extension, each with its steps."""
         ends = [self.scheduled_steps * i // len(self.stages) for i in range(len(self.stages) + 1)] + [self.total_steps]
         return list(zip((*self.stages, self.extension), map(range, ends, ends[1:]), strict=True))
-
-    def boundaries(self) -> list[int]:
-        """First step of each stage, and of the extension."""
-        return [steps.start for _, steps in self.parts()]
 
     def lr_at(self, step: int, stage: Stage) -> float:
         """What multiplies the learning rates."""
@@ -465,22 +467,25 @@ SMALL = Track(
 )
 
 # The length and width of GPT-2 medium. lr_mul is of its adam_lr, half of `small`'s.
+MEDIUM_ADAM = {"betas": (0.8, 0.95), "eps": 1e-8}
+MEDIUM_LAMBDA, MEDIUM_MIX = replace(LAMBDA, lr_mul=(10.0,)), replace(MIX, **MEDIUM_ADAM)
+MEDIUM_GATE = Rule("adam", sharded=False, lr_mul=(0.1,))
 MEDIUM_RULES = Rules(
-    resid_lambda=Rule("adam", sharded=False, lr_mul=(10.0,), wd_mul=0.0),
-    sa_lambda=Rule("adam", sharded=False, lr_mul=(10.0,), wd_mul=0.0),
-    x0_lambda=Rule("adam", sharded=False, lr_mul=(5.0,), wd_mul=0.0, betas=(0.8, 0.95), eps=1e-8),
-    x02_lambda=Rule("adam", sharded=False, lr_mul=(5.0,), wd_mul=0.0, betas=(0.8, 0.95), eps=1e-8),
-    smear_lambda=Rule("adam", sharded=False, lr_mul=(10.0,), wd_mul=0.0),
-    skip_lambda=Rule("adam", sharded=False, lr_mul=(10.0,), wd_mul=0.0),
-    backout_lambda=Rule("adam", sharded=False, lr_mul=(10.0,), wd_mul=0.0),
-    smear_gate=Rule("adam", sharded=False, lr_mul=(0.1,), wd_mul=0.0),
-    skip_gate=Rule("adam", sharded=False, lr_mul=(0.1,), wd_mul=0.0),
-    attn_gates=Rule("adam", sharded=False, lr_mul=(0.1,)),
-    value_gates=Rule("adam", sharded=False, lr_mul=(0.1,)),
-    value_embeds=Rule("adam", sharded=True, lr_mul=(75.0,), wd_mul=5.0, betas=(0.8, 0.95), eps=1e-8),
-    embed2=Rule("adam", sharded=True, lr_mul=(75.0,), wd_mul=5.0, betas=(0.8, 0.95), eps=1e-8),
-    head=Rule("adam", sharded=True, wd_mul=150.0, betas=(0.8, 0.95), eps=1e-8),
-    embed=Rule("adam", sharded=True, wd_mul=150.0, betas=(0.8, 0.95), eps=1e-8),
+    resid_lambda=MEDIUM_LAMBDA,
+    sa_lambda=MEDIUM_LAMBDA,
+    x0_lambda=MEDIUM_MIX,
+    x02_lambda=MEDIUM_MIX,
+    smear_lambda=MEDIUM_LAMBDA,
+    skip_lambda=MEDIUM_LAMBDA,
+    backout_lambda=MEDIUM_LAMBDA,
+    smear_gate=replace(MEDIUM_GATE, wd_mul=0.0),
+    skip_gate=replace(MEDIUM_GATE, wd_mul=0.0),
+    attn_gates=MEDIUM_GATE,
+    value_gates=MEDIUM_GATE,
+    value_embeds=replace(TABLE, **MEDIUM_ADAM),
+    embed2=replace(TABLE, **MEDIUM_ADAM),
+    head=replace(HEAD, **MEDIUM_ADAM),
+    embed=replace(HEAD, **MEDIUM_ADAM),
 )
 MEDIUM = Track(
     name="medium",
@@ -616,6 +621,11 @@ TRACKS = {track.name: track for track in (NANO, SMALL, MEDIUM, XL)}
 # ----------------------------------------------------------------------------------------------------------------------
 # Hot operations: each is one small function in plain PyTorch, which a fused kernel can replace.
 # ----------------------------------------------------------------------------------------------------------------------
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """For sums and optimizer state: at least float32."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def norm(x: Tensor) -> Tensor:
@@ -1067,7 +1077,7 @@ def to_fp8(x: Tensor, scale: float) -> Tensor:
     return (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
 
 
-def fp8_head(head: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_head(head: Tensor) -> tuple[Tensor, Tensor]:
     """The head (d, V) in FP8, and its transpose (V, d), both contiguous: see `head_matmul`."""
     head8 = to_fp8(head, FP8_HEAD)
     return head8, head8.T.contiguous()
@@ -1098,7 +1108,7 @@ def head_cross_entropy(
 
 
 def _head_loss_fake(x, head, targets, weights, chunk, need_grad, fused, head8, head8_T):
-    loss = x.new_empty((), dtype=torch.promote_types(x.dtype, torch.float32))
+    loss = x.new_empty((), dtype=wide(x.dtype))
     gradients = (x, head) if need_grad else (x[:0], head[:0])
     return loss, torch.empty_like(loss), *(torch.empty_like(g) for g in gradients)
 
@@ -1115,13 +1125,13 @@ def _head_loss_op(
     head8: Tensor | None,  # (d, V) and (V, d) of `fp8_head`; None: no FP8
     head8_T: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # loss and next-token loss, 0-dim; gradients of the loss: (T, d), (d, V)
-    wide = torch.promote_types(x.dtype, torch.float32)
-    loss, nll = (torch.zeros((), dtype=wide, device=x.device) for _ in range(2))
+    loss, nll = (torch.zeros((), dtype=wide(x.dtype), device=x.device) for _ in range(2))
     x_grad = torch.empty_like(x if need_grad else x[:0])
     chunks = range(0, x.size(0), chunk)
-    head_grad = torch.zeros_like(head, dtype=wide) if need_grad and len(chunks) > 1 else torch.empty_like(head[:0])
+    adds_up = need_grad and len(chunks) > 1
+    head_grad = torch.zeros_like(head, dtype=wide(x.dtype)) if adds_up else torch.empty_like(head[:0])
     fp8 = head8 is not None
-    forward_head, backward_head = (head8_T.T, head8.T) if fp8 else (head, head.T)  # (d, V) and (V, d)
+    forward_head, backward_head = (head8_T.T, head8.T) if fp8 else (head, head.T)  # (d, V), (V, d)
     for begin in chunks:
         positions = slice(begin, begin + chunk)
         ts = targets[:, positions].contiguous()
@@ -1294,7 +1304,7 @@ def adam_update(
     grad: Tensor,  # (n,)
     state: dict[str, Tensor],  # exp_avg, exp_avg_sq and low, (n,)
     *,
-    lr: float | Tensor,  # of this step, times bias correction
+    step_size: float | Tensor,  # the learning rate times the bias correction
     decay: float | Tensor,
     rule: Rule,
     config: OptimizerConfig,
@@ -1305,7 +1315,7 @@ def adam_update(
     exp_avg.lerp_(grad, 1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
     # In place: fewer passes over memory take a quarter less time on a CPU, which does not fuse them.
-    update = exp_avg_sq.sqrt().add_(rule.eps).reciprocal_().mul_(exp_avg).mul_(lr)
+    update = exp_avg_sq.sqrt().add_(rule.eps).reciprocal_().mul_(exp_avg).mul_(step_size)
     decayed = (update * master).gt_(0).mul_(master) if config.cautious else master.clone()
     write_master(master.sub_(update.add_(decayed.mul_(decay))), p, state)
 
@@ -1334,18 +1344,15 @@ class Optimizer:
             self._check_rule(name, p)
             self.state[name] = self.initial_state(name, p)
             if rules[name].kind != "adam":
-                cycle, wide = rules[name].lr_mul, torch.promote_types(p.dtype, torch.float32)
-                lr_mul = torch.tensor([cycle[i % len(cycle)] for i in range(len(p))], dtype=wide).view(-1, 1, 1)
-                self.lr_mul[name] = self.piece(name, lr_mul).to(runtime.device)
+                cycle = rules[name].lr_mul
+                lr_mul = torch.tensor([cycle[i % len(cycle)] for i in range(len(p))], dtype=wide(p.dtype))
+                self.lr_mul[name] = self.piece(name, lr_mul.view(-1, 1, 1)).to(runtime.device)
             if runtime.world_size > 1:
                 p.register_post_accumulate_grad_hook(functools.partial(self._gradient_arrived, name))
         self._expected: dict[str, tuple[str, ...]] = {}  # `_updates` of the step whose last backward pass is under way
         self._missing: set[str] = set()  # parameters without their gradient of that pass yet
         self._sums: dict[str, tuple[Tensor, dist.Work | None]] = {}  # of gradients over the ranks, under way
-        self._normuon_update, self._adam_update = normuon_update, adam_update
-        if runtime.compile:
-            self._normuon_update = torch.compile(normuon_update, dynamic=False, fullgraph=True)
-            self._adam_update = torch.compile(adam_update, dynamic=False, fullgraph=True)
+        self._normuon_update, self._adam_update = runtime.compiled(normuon_update), runtime.compiled(adam_update)
 
     def initial_state(self, name: str, p: Tensor) -> dict[str, Tensor]:
         """The state of this rank's piece of a parameter, zeros: first and second moment, lower halves of bfloat16."""
@@ -1354,8 +1361,7 @@ class Optimizer:
         if kind == "normuon":
             n, r, c = shape
             shapes["mean_square"] = (n, r, 1) if r >= c else (n, 1, c)
-        wide = torch.promote_types(p.dtype, torch.float32)
-        state = {key: torch.zeros(size, dtype=wide, device=p.device) for key, size in shapes.items()}
+        state = {key: torch.zeros(size, dtype=wide(p.dtype), device=p.device) for key, size in shapes.items()}
         if p.dtype == torch.bfloat16:
             state["low"] = torch.zeros(shape, dtype=torch.int16, device=p.device)
         return state
@@ -1459,9 +1465,9 @@ class Optimizer:
         if rule.kind == "adam":
             count = (settings.step + 1) // 2  # Adam steps so far, this one included
             lr = config.adam_lr * settings.lr * rule.lr_mul[0]
-            corrected = self._changing(lr * math.sqrt(1 - rule.betas[1] ** count) / (1 - rule.betas[0] ** count))
+            step_size = self._changing(lr * math.sqrt(1 - rule.betas[1] ** count) / (1 - rule.betas[0] ** count))
             decay = self._changing(lr**2 * config.adam_decay * rule.wd_mul)
-            self._adam_update(piece, grad, state, lr=corrected, decay=decay, rule=rule, config=config)
+            self._adam_update(piece, grad, state, step_size=step_size, decay=decay, rule=rule, config=config)
         else:
             lr, momentum = self._changing(config.muon_lr * settings.lr), self._changing(settings.momentum)
             lr_mul, fused = self.lr_mul[name], self.runtime.fused
@@ -1502,6 +1508,16 @@ class Row:
         """The row on the device; the copies are asynchronous where it lies in pinned memory."""
         tensors = (runtime.to_device(t) for t in (self.inputs, self.targets, self.cu_seqlens))
         return Row(*tensors, self.max_seqlen)
+
+
+class Context(NamedTuple):
+    """What attention has to know of a row and of the step."""
+
+    cu_seqlens: Tensor  # int32
+    max_seqlen: int
+    windows: tuple[int, int]  # short and long, tokens
+    rotary: Tables
+    attn_scale: float
 
 
 class Lookup(torch.autograd.Function):
@@ -1577,27 +1593,16 @@ class GPT(nn.Module):
             # Not zero: with x02_lambda zero as well, neither would ever have a gradient.
             weights["embed2"] = torch.randn(config.second_embed_rows, d, generator=generator) * 0.005
             scalars["x02_lambda"] = torch.full((L,), config.second_embed_lambda)
-        for name, value in weights.items():
-            if value.numel():  # a layout without, say, skips has no parameters for them
-                self.register_parameter(name, nn.Parameter(value.to(runtime.device, runtime.dtype)))
-        for name, value in scalars.items():
-            if value.numel():
-                wide = torch.promote_types(runtime.dtype, torch.float32)
-                self.register_parameter(name, nn.Parameter(value.to(runtime.device, wide)))
-        if runtime.compile:
-            # A graph per stage, with and without gradients, and one for the final validation: 9 for `small`, 1 over
-            # the limit of torch.
-            torch._dynamo.config.recompile_limit = 64
-            self._row_loss = torch.compile(self._row_loss, dynamic=False, fullgraph=True)
-            self._fp8_head = torch.compile(fp8_head, dynamic=False, fullgraph=True)
-        else:
-            self._fp8_head = fp8_head
+        for values, dtype in ((weights, runtime.dtype), (scalars, wide(runtime.dtype))):
+            for name, value in values.items():
+                if value.numel():  # a layout without, say, skips has no parameters for them
+                    self.register_parameter(name, nn.Parameter(value.to(runtime.device, dtype)))
+        self._row_loss, self._quantize_head = runtime.compiled(self._row_loss), runtime.compiled(quantize_head)
         # What `Lookup` adds the gradients of a step to, where compiled: one sum per table of a parameter.
         self.table_sums: dict[str, list[Tensor]] = {}
         for name in ("embed", "value_embeds", "embed2"):
             if runtime.compile and hasattr(self, name):
-                wide = torch.promote_types(runtime.dtype, torch.float32)
-                zeros = torch.zeros_like(getattr(self, name).detach(), dtype=wide)
+                zeros = torch.zeros_like(getattr(self, name).detach(), dtype=wide(runtime.dtype))
                 self.table_sums[name] = [total.clone() for total in zeros.view(-1, *zeros.shape[-2:])]
 
     def lookup(self, name: str, tokens: Tensor) -> list[Tensor]:
@@ -1621,7 +1626,7 @@ class GPT(nn.Module):
     @torch.no_grad()
     def fp8_head(self) -> tuple[Tensor | None, Tensor | None]:
         """What `forward` wants of the head where training runs it in FP8: made once for all rows of a step."""
-        return self._fp8_head(self.head) if self.runtime.fp8 else (None, None)
+        return self._quantize_head(self.head) if self.runtime.fp8 else (None, None)
 
     def forward(
         self, row: Row, settings: Settings, weights: Tensor, head8: tuple[Tensor | None, Tensor | None] | None = None
@@ -1632,23 +1637,16 @@ class GPT(nn.Module):
         """
         if head8 is None:
             head8 = self.fp8_head() if torch.is_grad_enabled() else (None, None)
-        return self._row_loss(
-            row.inputs,
-            row.targets,
-            row.cu_seqlens,
-            row.max_seqlen,
-            settings.windows,
-            self._rotary_tables(settings, 0, len(row.inputs)),
-            settings.attn_scale,
-            weights,
-            *head8,
+        return self._row_loss(row.inputs, row.targets, self._context(row, settings), weights, *head8)
+
+    def _context(self, row: Row, settings: Settings, begin: int = 0) -> Context:
+        rotary = rotary_tables(
+            settings.frequencies, begin, begin + len(row.inputs), self.embed.device, self.embed.dtype
         )
+        return Context(row.cu_seqlens, row.max_seqlen, settings.windows, rotary, settings.attn_scale)
 
-    def _rotary_tables(self, settings: Settings, begin: int, end: int) -> Tables:
-        return rotary_tables(settings.frequencies, begin, end, self.embed.device, self.embed.dtype)
-
-    def _row_loss(self, inputs, targets, cu_seqlens, max_seqlen, windows, tables, attn_scale, weights, head8, head8_T):
-        x = self.hidden(inputs, cu_seqlens, max_seqlen, windows, tables, attn_scale)
+    def _row_loss(self, inputs, targets, context, weights, head8, head8_T):
+        x = self.hidden(inputs, context)
         ahead = torch.stack([F.pad(targets[k:], (0, k), value=-1) for k in range(weights.numel())])  # (K, T)
         training, runtime = torch.is_grad_enabled(), self.runtime
         chunk = runtime.loss_chunk(len(x), self.config.padded_vocab)
@@ -1657,15 +1655,7 @@ class GPT(nn.Module):
         )
         return loss, nll
 
-    def hidden(
-        self,
-        tokens: Tensor,  # (T,) int64
-        cu_seqlens: Tensor,  # int32
-        max_seqlen: int,
-        windows: tuple[int, int],
-        tables: Tables,
-        attn_scale: float,
-    ) -> Tensor:  # (T, d)
+    def hidden(self, tokens: Tensor, context: Context) -> Tensor:  # (T,) int64 -> (T, d)
         """The normed stream from which the head predicts."""
         c, T, g = self.config, tokens.size(0), self.config.gate_dim
         # The banks are taken apart once: indexing them layer by layer would make each backward write a whole bank.
@@ -1682,7 +1672,7 @@ class GPT(nn.Module):
             smear = self.smear_lambda * torch.sigmoid(e[1:, :g] @ self.smear_gate)
             e = torch.cat((e[:1], e[1:] + smear[:, None] * before))
         x = x0 = norm(e)
-        x02 = norm(self._second_embedding(tokens, cu_seqlens)) if c.second_embed else None
+        x02 = norm(self._second_embedding(tokens, context.cu_seqlens)) if c.second_embed else None
         outputs: dict[int, Tensor] = {}
         for i, layer in enumerate(self.layers):
             for slot, source in layer.skips:
@@ -1702,7 +1692,7 @@ class GPT(nn.Module):
                     ve = gate[..., None] * values[table].view(T, c.num_heads, c.head_dim)
                 else:
                     ve = None
-                y = self.attend(layer, qkv, ve, cu_seqlens, max_seqlen, windows, tables, attn_scale)
+                y = self.attend(layer, qkv, ve, context)
                 if c.attention_gates:
                     y = y * torch.sigmoid(F.linear(h[:, :g], self.attn_gates[layer.attention]))[..., None]
                 x = x + F.linear(y.flatten(1), sa_o * w_o[0])
@@ -1736,17 +1726,13 @@ class GPT(nn.Module):
         layer: Layer,
         qkv: Tensor,  # (T, 3, H, D)
         ve: Tensor | None,  # (T, H, D) added to the values
-        cu_seqlens: Tensor,
-        max_seqlen: int,
-        windows: tuple[int, int],
-        tables: Tables,
-        attn_scale: float,
+        context: Context,
     ) -> Tensor:  # (T, H, D)
         """QK-norm, rotary embedding, key offset, paired heads, attention."""
         T, _, H, D = qkv.shape
         # Paired heads: (T, H, D) is read as 2T positions of H/2 heads, head h at 2t and head h + H/2 at 2t + 1.
         G = 2 if layer.paired else 1
-        cos, sin = (table.view(T, G, 1, D) for table in tables[G - 1])
+        cos, sin = (table.view(T, G, 1, D) for table in context.rotary[G - 1])
         # Each by itself: as one slab their gradients would be put together and taken apart again.
         q, k, v = qkv.unbind(1)
         q, k = (rotate(norm(x).view(T, G, H // G, D), cos, sin) for x in (q, k))
@@ -1756,8 +1742,9 @@ class GPT(nn.Module):
             still = k[..., D // 2 :]
             k = torch.cat((k[..., : D // 2], torch.cat((still[:1], still[:-1]))), dim=-1)
         q, k, v = (x.reshape(G * T, H // G, D) for x in (q, k, v))
-        window = windows[1] if layer.long else windows[0]
-        return self.attention(q, k, v, G * cu_seqlens, G * max_seqlen, attn_scale, window).reshape(T, H, D)
+        cu_seqlens, max_seqlen = G * context.cu_seqlens, G * context.max_seqlen
+        window = context.windows[1] if layer.long else context.windows[0]
+        return self.attention(q, k, v, cu_seqlens, max_seqlen, context.attn_scale, window).reshape(T, H, D)
 
     @torch.no_grad()
     def logits(self, row: Row, settings: Settings) -> Tensor:
@@ -1766,8 +1753,7 @@ class GPT(nn.Module):
 
     def stream(self, row: Row, settings: Settings, begin: int = 0) -> Tensor:
         """What `hidden` makes of a row (T, d); rotary embedding counts its positions from `begin`."""
-        tables = self._rotary_tables(settings, begin, begin + len(row.inputs))
-        return self.hidden(row.inputs, row.cu_seqlens, row.max_seqlen, settings.windows, tables, settings.attn_scale)
+        return self.hidden(row.inputs, self._context(row, settings, begin))
 
 
 # cos and signed sin for `rotate`, each (positions, D): of T tokens, and of their 2T positions where heads are paired.
@@ -2253,11 +2239,11 @@ class Checkpoint:
             found.append(f"and {len(changed) - 5} more")
         if self.progress.source != digest(Path(__file__)):
             found.append("train_gpt.py has changed")
-        for name, before in self.progress.data.items():
+        for name, was in self.progress.data.items():
             path = data_dir / name
-            now = shard_identity(path) if path.exists() else "missing"
-            if now != before:
-                found.append(f"the data has changed: {path} was {before}, is {now}")
+            is_now = shard_identity(path) if path.exists() else "missing"
+            if is_now != was:
+                found.append(f"the data has changed: {path} was {was}, is {is_now}")
         return found
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -2324,6 +2310,9 @@ class Saver:
         write_checkpoint(folder, self.runtime.rank, tensors, progress)
         self.latest = folder
         if self.runtime.rank == 0:
+            for stale in folder.glob("rank_*"):  # of the same step, before the run went on with other ranks
+                if f"_of_{progress.world_size}." not in stale.name:
+                    stale.unlink()
             folders = checkpoint_folders(self.folder)
             complete = [f for f in folders if len(list(f.glob("*.safetensors"))) == progress.world_size]
             for old in folders if len(complete) >= self.keep else ():
@@ -2374,7 +2363,7 @@ def find_checkpoint(track: Track, options: Options, runtime: Runtime, data_dir: 
         try:
             found = Checkpoint(folder)
             if found.progress.step % 2 and found.progress.step < track.schedule.total_steps:
-                raise CheckpointError(f"{folder}: an odd step, after which Adam's gradients wait for those of the next")
+                raise CheckpointError(f"{folder}: an odd number of steps: Adam's gradients wait for the next")
         except CheckpointError as error:
             if len(folders) == 1 and not auto:
                 raise
@@ -2494,6 +2483,15 @@ class Runtime:
         most = self.max_loss_chunk or max(self.logits_memory // bytes_each, 16)
         parts = -(-positions // most)
         return min(-(-positions // parts // 16) * 16, positions)
+
+    def compiled(self, function: Callable) -> Callable:
+        """The function, compiled where this runtime compiles, once for each shape."""
+        if not self.compile:
+            return function
+        # A graph per stage, with and without gradients, and one for the final validation: 9 for `small`, 1 over the
+        # limit of torch.
+        torch._dynamo.config.recompile_limit = 64
+        return torch.compile(function, dynamic=False, fullgraph=True)
 
     @staticmethod
     def create(options: Options) -> Runtime:
@@ -2951,8 +2949,7 @@ class Trainer:
         return self.runtime.sum(total).item() / self.track.data.val_tokens
 
     def _weights(self, values: tuple[float, ...]) -> Tensor:
-        wide = torch.promote_types(self.runtime.dtype, torch.float32)
-        weights = torch.tensor(values, dtype=wide)
+        weights = torch.tensor(values, dtype=wide(self.runtime.dtype))
         return self.runtime.to_device(weights.pin_memory() if self.runtime.device.type == "cuda" else weights)
 
     def state(self) -> dict[str, object]:
@@ -2976,10 +2973,10 @@ class Trainer:
         torch.set_rng_state(state["rng"])
 
     def owned(self) -> dict[str, Tensor]:
-        """Copies on the CPU of what this rank writes into a checkpoint; to call after an odd step.
+        """Copies on the CPU of what this rank writes into a checkpoint; to call after an even number of steps.
 
         These are its pieces of sharded parameters and of their optimizer state, and on rank 0 all that is replicated.
-        After an even step Adam's parameters have gradients that wait for the next one.
+        After an odd number Adam's parameters have gradients that wait for the next step.
         """
         optimizer, found = self.optimizer, {}
         for name, p in self.params.items():
@@ -3025,14 +3022,14 @@ class Trainer:
         state, schedule, slowest = self.state(), self.track.schedule, 0.0
         starts = [max(steps.start, start) for _, steps in schedule.parts() if steps.start < stop and steps.stop > start]
         hidden = self.runtime.rank > 0 or None
-        for start in tqdm(starts, "warm-up", unit="stage", delay=5, leave=False, disable=hidden):
+        for first in tqdm(starts, "warm-up", unit="stage", delay=5, leave=False, disable=hidden):
             self.loader.position = state["loader"]
-            for step in range(start, min(start + 2, stop)):  # an even and an odd step: Adam steps on odd ones
+            for step in range(first, min(first + 2, stop)):  # an even and an odd step: Adam steps on odd ones
                 began = time.perf_counter()
                 self.train_step(step)
                 slowest = max(slowest, time.perf_counter() - began)
             if self.runtime.compile and self.track.val_every:
-                self.validate(self.track.validation_at(start), max_rows=1)
+                self.validate(self.track.validation_at(first), max_rows=1)
         if self.runtime.compile:
             self.validate(self.track.validation_at(stop), max_rows=1)
         self.load_state(state)
@@ -3087,7 +3084,8 @@ def train(track: Track, options: Options, runtime: Runtime) -> float:
                 f"data: {data_dir}{repeated}: its loss, over {track.data.val_tokens:,} tokens, compares with no record"
             )
         if resumed:
-            how = f"resumed at step {start} from {resumed.folder}"
+            how, ranks = f"resumed at step {start} from {resumed.folder}", resumed.progress.world_size
+            how += f", by {runtime.world_size} processes instead of {ranks}" if ranks != runtime.world_size else ""
             log.write(how + (f" with --force: {'; '.join(resumed.changed)}" if resumed.changed else ""))
             log.say(how)
         if options.warmup:
@@ -3115,23 +3113,23 @@ class Loop:
     log: RunLog
     saver: Saver
     steps: range
+    losses: list[Tensor] = field(default_factory=list, init=False)  # since they were last read
 
     def run(self) -> float:
         """Returns the last validation loss."""
         trainer, runtime = self.trainer, self.trainer.runtime
-        self.losses: list[Tensor] = []  # since they were last read
         self.tokens_seen = sum(trainer.track.at(step).stage.tokens for step in range(self.steps.start))
         self.compilations = compilations()
         bar = tqdm(total=self.steps.stop, initial=self.steps.start, unit="step", disable=runtime.rank > 0 or None)
         with Interrupt(runtime) as self.interrupt, bar as self.bar:
             for step in self.steps:
-                self.pause(step)
+                self.between_steps(step)
                 self.clock.start()
                 self.losses.append(trainer.train_step(step))
-                self.tell(step)
-            return self.pause(self.steps.stop)
+                self.after_step(step)
+            return self.between_steps(self.steps.stop)
 
-    def pause(self, step: int) -> float | None:
+    def between_steps(self, step: int) -> float | None:
         """Before a step, off the clock: save, validate, stop, each where it is due. Returns the validation loss."""
         track, interrupt = self.trainer.track, self.interrupt
         last = step == self.steps.stop
@@ -3145,7 +3143,7 @@ class Loop:
         if validates and not interrupt.agreed:
             val_loss = self.trainer.validate(track.validation_at(step), interrupt=interrupt)
         if interrupt.agreed:
-            self.stop(step, saved=saves)
+            self.end_for_signal(step, saved=saves)
         if not validates:
             return None
         self.log.say(self.log.step(step, self.clock.elapsed, {"tokens": self.tokens_seen}, val_loss=val_loss))
@@ -3153,7 +3151,7 @@ class Loop:
             self.give_up(f"the validation loss is {val_loss} after {step} steps")
         return val_loss
 
-    def tell(self, step: int) -> None:
+    def after_step(self, step: int) -> None:
         """Write down a step that is done. Now and then the ranks agree on the loss, and on a signal that came."""
         trainer, runtime, settings = self.trainer, self.trainer.runtime, self.trainer.track.at(step)
         done, last, seconds = step + 1, step + 1 == self.steps.stop, self.clock.read()
@@ -3178,7 +3176,7 @@ class Loop:
         if settings.adam_steps or not self.saver.on:  # a checkpoint is of an even number of steps
             self.interrupt.ask()
 
-    def stop(self, step: int, saved: bool) -> NoReturn:
+    def end_for_signal(self, step: int, saved: bool) -> NoReturn:
         """End the run for a signal, with a checkpoint where there can be one: raises Interrupted."""
         if self.saver.on and not saved and step > self.steps.start and step % 2 == 0:
             self.saver.save(self.trainer, step, self.clock.elapsed)

@@ -142,7 +142,7 @@ def relative_cost(words: str, extra: tuple[str, ...], pairs: int = 3) -> float:
         trainers.append(train_gpt.Trainer(track, train_gpt.Runtime.create(options), DATA, 0))
 
     def two_steps(trainer: train_gpt.Trainer, stage: int) -> float:
-        start, began = trainer.track.schedule.boundaries()[stage] // 2 * 2, time.perf_counter()
+        start, began = trainer.track.schedule.parts()[stage][1].start // 2 * 2, time.perf_counter()
         for step in range(start, start + 2):  # Adam steps on odd ones
             trainer.train_step(step)
         return time.perf_counter() - began

@@ -170,7 +170,7 @@ def test_an_odd_step_is_not_resumed(tiny_data, undisturbed, tmp_path, capsys):
     """Catches: a run that goes on without the gradients that Adam has yet to use, to another end."""
     run(tiny_data, tmp_path, "--max-steps", "7", "--save-every", "0")
     (folder,) = (tmp_path / "checkpoints").iterdir()
-    with pytest.raises(CheckpointError, match="step_000007: an odd step"):
+    with pytest.raises(CheckpointError, match="step_000007: an odd number of steps"):
         run(tiny_data, tmp_path, "--resume", folder)
     capsys.readouterr()
     run(tiny_data, tmp_path)
@@ -526,7 +526,13 @@ def test_a_run_goes_on_with_another_number_of_ranks(tiny_data, tmp_path, before,
 
     command(before, tmp_path / "whole", "--keep-checkpoints", "99")
     until_step(tmp_path / "cut", tmp_path / "whole", 10)
+    (steps,) = (tmp_path / "cut" / "checkpoints").iterdir()
+    (steps / "step_000020").mkdir()  # of ranks that were killed while they wrote
+    torn = f"{steps.name}/step_000020/rank_0_of_{before}.safetensors"
+    shutil.copy(tmp_path / "whole" / "checkpoints" / torn, tmp_path / "cut" / "checkpoints" / torn)
     command(after, tmp_path / "cut")
+    log = next((tmp_path / "cut" / "logs").glob("*.txt")).read_text()
+    assert re.search(rf"^resumed at step 10 from \S+, by {after} processes instead of {before}$", log, re.M)
     found, expected = final(tmp_path / "cut"), final(tmp_path / "whole")
     for name in expected.keys() - {"rng"}:
         rows = min(len(found[name]), len(expected[name]))

@@ -230,7 +230,7 @@ def head_truth(x, head, targets, weights) -> tuple[torch.Tensor, ...]:
 def run_head(x, head, targets, weights, chunk, fused, fp8=False) -> tuple[torch.Tensor, ...]:
     """Loss, next-token loss, and the gradients of a loss that is halved after it."""
     x, head = x.clone().requires_grad_(), head.clone().requires_grad_()
-    head8 = train_gpt.fp8_head(head.detach()) if fp8 else (None, None)
+    head8 = train_gpt.quantize_head(head.detach()) if fp8 else (None, None)
     loss, nll, _, _ = torch.ops.speedrun.head_loss(x, head, targets, weights, chunk, True, fused, *head8)
     x_grad, head_grad = torch.autograd.grad(loss / 2, (x, head))
     return loss.detach(), nll, 2 * x_grad, 2 * head_grad

@@ -102,7 +102,7 @@ def time_steps(track: Track, options: argparse.Namespace, runtime: Runtime) -> l
     print(f"matmul rate {rate / 1e12:.3g} TFLOP/s in {runtime.dtype}")
     print("   step  tokens/step  ms/row  optimizer ms  of step  ms/step   tokens/s  utilisation  peak GiB  warm-up s")
     results = []
-    for start in track.schedule.boundaries():
+    for start in (steps.start for _, steps in track.schedule.parts()):
         step = start + 1 - start % 2  # odd: Adam steps too
         settings = track.at(step)
         tokens = options.tokens or settings.stage.tokens // track.data.rows_per_step
@@ -200,7 +200,7 @@ def time_kernels(track: Track, options: argparse.Namespace, runtime: Runtime) ->
     targets = torch.randint(0, V, (2, T), device=device)
 
     def head_loss(fused: bool, fp8: bool) -> Callable[[], object]:
-        head8 = train_gpt.fp8_head(head.detach()) if fp8 else (None, None)
+        head8 = train_gpt.quantize_head(head.detach()) if fp8 else (None, None)
         op = lambda: torch.ops.speedrun.head_loss(x, head, targets, weights, chunk, True, fused, *head8)[0]
         return lambda: torch.autograd.grad(op(), (x, head))
 

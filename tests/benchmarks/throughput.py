@@ -46,13 +46,12 @@ def time_nano(steps_per_stage: int = 20) -> None:
     weighted, matrix = 0.0, torch.rand(2048, 2048, dtype=runtime.dtype)
     peak = 2 * 2048**3 / median_seconds(lambda _: matrix @ matrix, range(9))
     print(f"  matrix product: {peak / 1e9:.0f} GFLOP/s")
-    for start, stop in zip(track.schedule.boundaries(), (*track.schedule.boundaries()[1:], None), strict=True):
-        steps = range(start, min(start + steps_per_stage, track.schedule.total_steps))
-        median, tokens = median_seconds(trainer.train_step, steps), track.at(start).stage.tokens
-        flops = tokens * flops_per_token(track, track.at(start)) / median
-        weighted += median * ((stop or track.schedule.total_steps) - start)
+    for stage, steps in track.schedule.parts():
+        median, tokens = median_seconds(trainer.train_step, steps[:steps_per_stage]), stage.tokens
+        flops = tokens * flops_per_token(track, track.at(steps.start)) / median
+        weighted += median * len(steps)
         print(
-            f"  stage from step {start:5d}: {1000 * median:7.1f} ms/step {tokens / median:10,.0f} tokens/s "
+            f"  stage from step {steps.start:5d}: {1000 * median:7.1f} ms/step {tokens / median:10,.0f} tokens/s "
             f"{flops / 1e9:6.1f} GFLOP/s ({flops / peak:.0%})"
         )
     print(f"  whole schedule at these medians: {weighted:.1f} s")
