@@ -14,7 +14,7 @@ cut at paragraphs (--max-document), each piece a document of its own. --shard-to
 as the FineWeb of the hub.
 
 One process reads, the workers tokenize, and the first process writes their results in the order of reading: the shards
-are the same bytes for every number of workers. PREFIX.json beside them has their hashes, and where in the source each
+are the same bytes for every number of workers. fineweb.json beside them has their hashes, and where in the source each
 next shard begins. The same command goes on from there, with the same bytes, however the one before ended. HF_ENDPOINT
 names a mirror of the hub, HF_TOKEN an account with a higher rate limit.
 """
@@ -338,7 +338,7 @@ def write_shards(path: Path, record: dict, settings: Settings, limit: float, str
     while stream.place and not is_complete(record, limit):
         drawn = settings.val_tokens if not written else None
         count = min(drawn or settings.shard_tokens, limit - total_of(record, "tokens"))
-        name = f"{record['prefix']}_{'train' if written else 'val'}_{len(written):06d}.bin"
+        name = f"fineweb_{'train' if written else 'val'}_{len(written):06d}.bin"
         entry = shards.write_shard(path.parent / name, stream.take(count), record["bos"])
         written[name] = entry | {"next": Place(split="train") if drawn else stream.place}
         shards.write_json(path, record)
@@ -410,9 +410,9 @@ def validation_rule(files: list[dict], tokenizer: str, limit: int | None) -> tup
 
 def build(options: argparse.Namespace, settings: Settings, files: list[dict] | None) -> tuple[dict, int]:
     """Writes the shards that the folder lacks. Returns the record, and how many tokens were written."""
-    out, limit, path = options.out, options.tokens or math.inf, options.out / f"{options.prefix}.json"
+    out, limit, path = options.out, options.tokens or math.inf, options.out / "fineweb.json"
     described = asdict(settings) | {file["name"]: f"{file['size']:,} bytes" for file in files or ()}
-    record = shards.read_sidecar(path, f"{options.prefix}_*.bin", described)
+    record = shards.read_sidecar(path, "fineweb_*.bin", described)
     if record is not None:
         for shard in record["shards"].values():
             shard["next"] = shard["next"] and Place(*shard["next"])
@@ -424,7 +424,7 @@ def build(options: argparse.Namespace, settings: Settings, files: list[dict] | N
     tokenizer = load_tokenizer(settings.tokenizer, settings.bos)
     if record is None:
         files = files or list_hub(REPOS[options.source], options.sample)
-        record = {"dataset": settings.source, "prefix": options.prefix, "settings": described, "files": files}
+        record = {"dataset": settings.source, "settings": described, "files": files}
         record |= {"bos": tokenizer.bos, "vocab_size": tokenizer.vocab_size, "shards": {}}
     before = total_of(record, "tokens")
     known = options.tokens or SAMPLE_TOKENS.get(options.sample, 0)
@@ -461,7 +461,6 @@ def parse_command() -> argparse.Namespace:
     add("--shard-tokens", type=amount, metavar="N", help="tokens per shard, as FineWeb (default: 100M)")
     cut = "cut documents of more tokens, or of 4N bytes (default: of --input 8192, as bytes 2048; else none)"
     add("--max-document", type=amount, metavar="N", help=cut)
-    add("--prefix", default="fineweb", help="of the file names (default: fineweb)")
     cores = shards.available_cores()
     add("--workers", type=amount, default=cores, metavar="K", help="tokenizing processes (default here: %(default)s)")
     arguments = parser.parse_args()
@@ -475,8 +474,6 @@ def parse_command() -> argparse.Namespace:
         parser.error(f"--max-document {arguments.max_document}: expected at least 64")
     if arguments.shard_tokens >= 2**31:
         parser.error(f"--shard-tokens {arguments.shard_tokens:,}: a shard's header holds at most {2**31 - 1:,}")
-    if not re.fullmatch(r"\w[\w.-]*", arguments.prefix) or re.search(r"_(train|val)_", arguments.prefix):
-        parser.error(f"--prefix {arguments.prefix}: letters, digits and -_. only, and neither _train_ nor _val_")
     if arguments.shards:
         arguments.tokens = arguments.shards * arguments.shard_tokens
     if not arguments.input:
@@ -507,7 +504,7 @@ def main() -> None:
     speed = f"{seconds:.1f} s, {written / seconds:,.0f} tokens/s" if written else f"{seconds:.1f} s"
     val, *train = (shard["tokens"] for shard in record["shards"].values())
     print(
-        f"{arguments.prefix} data: {'wrote' if written else 'found'} {total_of(record, 'documents'):,} documents, "
+        f"fineweb data: {'wrote' if written else 'found'} {total_of(record, 'documents'):,} documents, "
         f"{val + sum(train):,} tokens in {1 + len(train)} shards in {arguments.out} ({speed}), {val:,} for validation"
         + (f": one document in {settings.one_in}" if settings.one_in else "")
     )
