@@ -195,7 +195,9 @@ def read_lines(file: BinaryIO, field: str) -> Iterator[bytes]:
         if not isinstance(fields, dict) or field not in fields:
             found = f"the fields {', '.join(fields)}" if isinstance(fields, dict) else f"a {type(fields).__name__}"
             raise ValueError(f"expected an object with the field {field} (see --text-field): {found}")
-        yield utf8(fields[field])
+        text = utf8(fields[field])
+        del line, fields  # which can have half a gigabyte
+        yield text
 
 
 def read_parquet(file: BinaryIO, column: str) -> Iterator[bytes]:

@@ -191,7 +191,7 @@ def assert_same(found: dict[str, bytes], wanted: dict[str, bytes]) -> None:
 # What is written
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("workers", [1, 2])
 def test_shards_are_those_of_a_naive_writer(tmp_path, corpus, truth, vocabulary, sources, workers):
     """Catches a wrong order of batches, split, BOS, header, special tokens in text, and files read in a wrong order."""
     env = environment(PYTHONPATH=str(vocabulary.folder))
@@ -374,12 +374,12 @@ def prose(num_bytes: int, seed: int) -> str:
     rng = random.Random(seed)
     words = ["".join(rng.choices("etaoinshrdlucmfwypé", k=rng.randrange(1, 11))) for _ in range(2000)]
     weights = [1 / rank for rank in range(1, 2001)]
-    text = ""
-    while len(text.encode()) < num_bytes:
-        for _ in range(rng.randrange(1, 8)):
-            text += " ".join(rng.choices(words, weights, k=rng.randrange(3, 25))).capitalize() + ". "
-        text = text.rstrip() + "\n\n"
-    return text
+    paragraphs, size = [], 0
+    while size < num_bytes:
+        sentences = [" ".join(rng.choices(words, weights, k=rng.randrange(3, 25))) for _ in range(rng.randrange(1, 8))]
+        paragraphs.append(" ".join(sentence.capitalize() + "." for sentence in sentences) + "\n\n")
+        size += len(paragraphs[-1].encode())
+    return "".join(paragraphs)
 
 
 def naive_cut(text: bytes, most: int) -> list[bytes]:
@@ -664,30 +664,15 @@ linux = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="find
 @pytest.mark.usefixtures("no_leftovers")
 def test_sigkill_and_restart(tmp_path, corpus, truth, vocabulary):
     """Catches half-written files under a final name, a restart at a wrong token, workers that outlive their parent."""
-    rng, tag = random.Random(2), f"TAG={tmp_path}"
-    env = environment(PYTHONPATH=str(vocabulary.folder), TAG=str(tmp_path))
+    env, out = environment(PYTHONPATH=str(vocabulary.folder), TAG=str(tmp_path)), tmp_path / "out"
     options = ["--input", corpus / "*.*", "--tokenizer", ENCODING, "--shard-tokens", "75K", "--workers", 2]
-    began = time.perf_counter()
-    run(tmp_path / "reference", *options, env=env)
-    whole = time.perf_counter() - began
-    out, killed = tmp_path / "out", 0
-    while killed < 3:
-        process = subprocess.Popen(
-            command(out, *options), env=env, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-        )
-        time.sleep(rng.uniform(0.1, 0.7 * whole))
+    for number in (0, 1, 5):  # shards that are there
+        process = subprocess.Popen(command(out, *options), env=env, stderr=subprocess.DEVNULL)
+        wait_until(lambda: len([*out.glob("*.bin")]) >= number and out.exists())  # noqa: B023
         process.kill()
-        if process.wait() == 0:  # it was through: from the start again
-            assert_same(shards(out), truth)
-            shutil.rmtree(out)
-            continue
-        killed += 1
-        wait_until(lambda: not processes(tag), 20)  # no worker outlives its parent
-        present = shards(out) if out.exists() else {}
-        assert [name for name, content in present.items() if content != truth[name]] == [], "half-written or wrong"
-        if (out / "fineweb.json").exists():
-            record = json.loads((out / "fineweb.json").read_text())
-            assert 0 <= len(present) - len(record["shards"]) <= 1
+        assert process.wait() == -signal.SIGKILL
+        wait_until(lambda: not processes(f"TAG={tmp_path}"), 20)  # no worker outlives its parent
+        assert shards(out).items() <= truth.items(), "half-written or wrong"
     run(out, *options, env=env)
     assert_same(shards(out), truth)
     assert not list(out.glob(".*.tmp"))
@@ -813,7 +798,8 @@ def test_memory_for_one_giant_document(tmp_path, vocabulary, suffix):
         total = 0
         for pid in processes(f"TAG={tmp_path}"):
             with contextlib.suppress(OSError):  # it has just ended
-                total += resource.getpagesize() * int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+                # Proportional: of pages that processes share, such as torch's, a part each.
+                total += 1024 * int(re.search(r"^Pss:\s+(\d+)", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.M)[1])
         peak = max(peak, total)
         time.sleep(0.05)
     assert process.returncode == 0
