@@ -32,7 +32,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -235,7 +235,8 @@ def read(files: list[dict], start: Place, settings: Settings) -> Iterator[Docume
     for index, (name, size) in enumerate((file["name"], file["size"]) for file in files):
         if index < start.file:
             continue
-        number, unit = -1, {".txt": "piece", ".parquet": "row"}.get(Path(name).suffix, "line")
+        unit = {".txt": "piece", ".parquet": "row"}.get(Path(name).suffix, "line")
+        number = -1  # of the document read last
         try:
             with opened(name) as file:
                 if unit == "piece":
@@ -487,6 +488,8 @@ def main() -> None:
     arguments = parse_command()
     start, name = time.perf_counter(), arguments.tokenizer
     with shards.messages("fineweb.py", WAYS_OUT):
+        files = find_files(arguments.input) if arguments.input else None
+        drawn = validation_rule(files, name, arguments.tokens) if arguments.draws else (None, None)
         settings = Settings(
             source=f"{arguments.source}, sample {arguments.sample}" if arguments.source else "--input",
             text_field=arguments.text_field,
@@ -495,11 +498,9 @@ def main() -> None:
             bos=arguments.bos,
             shard_tokens=arguments.shard_tokens,
             max_document=arguments.max_document,
+            one_in=drawn[0],
+            val_tokens=drawn[1],
         )
-        files = find_files(arguments.input) if arguments.input else None
-        if arguments.draws:
-            one_in, most = validation_rule(files, name, arguments.tokens)
-            settings = replace(settings, one_in=one_in, val_tokens=most)
         with shards.exclusive(arguments.out):
             record, written = build(arguments, settings, files)
     seconds = time.perf_counter() - start

@@ -24,7 +24,7 @@ import pyarrow.parquet
 import pytest
 import tiktoken
 import tokenizers
-from conftest import cpu, tiny_track
+from conftest import cpu, kill_before_rename, tiny_track
 from hub_server import Fault, HubServer
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -479,18 +479,10 @@ def test_the_sidecar_says_what_the_shards_are(tmp_path, own_texts):
 
 
 SMALL_SHARDS = f"""
-import os, signal, sys
+import sys
 sys.path.insert(0, {str(SCRIPT.parent)!r})
 import fineweb
 fineweb.SHARD_TOKENS = 20_000
-rename, calls = os.replace, 0
-def replace(*args):
-    global calls
-    calls += 1
-    if calls == {{kill_at}}:
-        os.kill(os.getpid(), signal.SIGKILL)
-    rename(*args)
-os.replace = replace
 if __name__ == "__main__":
     fineweb.main()
 """
@@ -510,7 +502,7 @@ def test_your_own_text_after_kills_and_with_more_workers(tmp_path, sources, kill
     script = tmp_path / "small_shards.py"
 
     def call(out: Path, workers: int, kill_at: int) -> int:
-        script.write_text(SMALL_SHARDS.format(kill_at=kill_at))
+        script.write_text(kill_before_rename(kill_at) + SMALL_SHARDS)
         options = ["--input", folder, "--tokenizer", "bytes", "--workers", workers, "--out", out]
         return subprocess.run([sys.executable, script, *map(str, options)], capture_output=True).returncode
 

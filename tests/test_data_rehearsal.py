@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import REPO, run_process, tiny_options
+from conftest import REPO, kill_before_rename, run_process, tiny_options
 from scipy import stats
 
 from data import rehearsal
@@ -433,17 +433,7 @@ def finish_after_kill(out: Path, reference: Path) -> None:
 @pytest.mark.parametrize("kill_at", [1, 3, 4, 15])
 def test_a_kill_before_a_file_has_its_name(small: Path, tmp_path: Path, kill_at: int):
     """SIGKILL right before the k-th file gets its name: sidecar, source, then shards and the sidecar after each."""
-    hook = f"""
-rename, calls = os.replace, 0
-def replace(*args):
-    global calls
-    calls += 1
-    if calls == {kill_at}:
-        os.kill(os.getpid(), signal.SIGKILL)
-    rename(*args)
-os.replace = replace
-"""
-    make(tmp_path / "out", SMALL, code=-signal.SIGKILL, before=hook)
+    make(tmp_path / "out", SMALL, code=-signal.SIGKILL, before=kill_before_rename(kill_at))
     finish_after_kill(tmp_path / "out", small)
 
 
