@@ -15,8 +15,9 @@ as the FineWeb of the hub.
 
 One process reads, the workers tokenize, and the first process writes their results in the order of reading: the shards
 are the same bytes for every number of workers. fineweb.json beside them has their hashes, and where in the source each
-next shard begins. The same command goes on from there, with the same bytes, however the one before ended. HF_ENDPOINT
-names a mirror of the hub, HF_TOKEN an account with a higher rate limit.
+next shard begins. The same command goes on from there, with the same bytes, however the one before ended. Files of the
+hub are read as they are needed and not kept; HF_ENDPOINT names a mirror of it, HF_TOKEN an account with a higher rate
+limit.
 """
 
 import argparse
@@ -273,7 +274,10 @@ def batched(documents: Iterable[Document]) -> Iterator[list[Document]]:
 def tokenize(documents: list[Document], settings: Settings, split: str | None) -> tuple[Place, np.ndarray]:
     """Place of these documents, and their tokens (n,) uint16, each after its BOS. Raises ShardError naming the one."""
     tokenizer, parts = load_tokenizer(settings.tokenizer, settings.bos), [np.empty(0, dtype="<u2")]
-    for place, name, text in documents:
+    begin = documents[0].place._replace(split=split)
+    documents.reverse()
+    while documents:
+        place, name, text = documents.pop()  # and not kept: it can have half a gigabyte
         try:
             for i, part in enumerate(cut(text, settings.max_bytes or len(text)), start=place.file + place.number):
                 if part and (split is None or (split == "val") == is_drawn(i, settings.one_in)):
@@ -282,14 +286,15 @@ def tokenize(documents: list[Document], settings: Settings, split: str | None) -
             raise
         except BaseException as error:  # a panic of the libraries' Rust code is no Exception
             raise ShardError(f"{name}: the tokenizer failed on this document: {error}") from None
-    return documents[0].place._replace(split=split), np.concatenate(parts, dtype="<u2", casting="unsafe")
+        del text
+    return begin, np.concatenate(parts)
 
 
 def encode(text: bytes, tokenizer: Tokenizer, most: int | None) -> list[np.ndarray]:
     """BOS and the tokens of a text, of parts of it where they are more than `most`."""
     tokens = tokenizer.encode(text.decode())
     if most is None or 1 + len(tokens) <= most:
-        return [np.array([tokenizer.bos]), tokens]
+        return [np.array([tokenizer.bos], dtype="<u2"), tokens.astype("<u2")]
     parts = cut(text, max(len(text) * (most - 1) // len(tokens), 4))
     return [array for part in parts for array in encode(part, tokenizer, most)]
 

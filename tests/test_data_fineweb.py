@@ -965,6 +965,7 @@ def test_the_hub(tmp_path, hub):
     out, options = tmp_path / "out", ["--tokenizer", "bytes", "--shard-tokens", "100K"]
     env = hub_environment(hub, tmp_path)
     run(out, *options, "--shards", 1, env=env)
+    assert not hub.faults["sample/10BT/000_00000.parquet"], "both were met"
     assert_same(shards(out), expected(texts, 100_000, limit=100_000))
 
     hub.revisions["b" * 40] = parquet_files(tmp_path, ["other text"] * 600)
