@@ -14,9 +14,10 @@ cut at paragraphs (--max-document), each piece a document of its own. --shard-to
 as the FineWeb of the hub.
 
 One process reads, the workers tokenize, and the first process writes their results in the order of reading: the shards
-are the same bytes for every number of workers. PREFIX.json beside them has their hashes, and where in the source each
-next shard begins. The same command goes on from there, with the same bytes, however the one before ended. HF_ENDPOINT
-names a mirror of the hub, HF_TOKEN an account with a higher rate limit.
+are the same bytes for every number of workers. fineweb.json beside them has their hashes, and where in the source each
+next shard begins. The same command goes on from there, with the same bytes, however the one before ended. Files of the
+hub are read as they are needed and not kept; HF_ENDPOINT names a mirror of it, HF_TOKEN an account with a higher rate
+limit.
 """
 
 import argparse
@@ -28,20 +29,21 @@ import json
 import math
 import os
 import re
-import shutil
 import sys
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
 import shards
-from shards import SHARD_TOKENS, ShardError, amount
+from shards import SHARD_TOKENS, HubError, ShardError, amount
 
+HUB = "hf://datasets/"
+HUB_BLOCK_BYTES = 1 << 24  # fetched at once
 REPOS = {"fineweb": "HuggingFaceFW/fineweb", "fineweb-edu": "HuggingFaceFW/fineweb-edu"}
 SAMPLE_TOKENS = {"10BT": 10_000_000_000, "100BT": 100_000_000_000}  # nominal
 SUFFIXES = (".jsonl", ".jsonl.gz", ".txt", ".parquet")
@@ -95,6 +97,7 @@ class Tokenizer(NamedTuple):
     vocab_size: int
 
 
+@functools.cache
 def load_tokenizer(name: str, bos_token: str | None = None) -> Tokenizer:
     """`bytes`, a Hugging Face tokenizers file (*.json), or any encoding that tiktoken knows, plugins included.
 
@@ -105,19 +108,22 @@ def load_tokenizer(name: str, bos_token: str | None = None) -> Tokenizer:
             raise ShardError(f"--bos {bos_token}: the tokenizer `bytes` always has BOS {BYTES_BOS}: leave --bos out")
         return Tokenizer(lambda text: np.frombuffer(text.encode(), np.uint8), BYTES_BOS, BYTES_BOS + 1)
     token = bos_token or ENDOFTEXT
-    library, load = ("tokenizers", load_file) if name.endswith(".json") else ("tiktoken", load_tiktoken)
     try:
-        encode, bos, vocab_size = load(name, token)
-    except ImportError:
+        encode, bos, vocab_size = (load_file if name.endswith(".json") else load_tiktoken)(name, token)
+    except ImportError as error:
+        library = error.name.partition(".")[0]
         raise ShardError(f"tokenizer {name} needs {library}: pip install {library}") from None
+    except Exception as error:  # of the library, an HTTP client, TLS, proxy and disk, each its own
+        raise ShardError(
+            f"tokenizer {name} cannot be loaded: {error}\nWithout network: copy the folder TIKTOKEN_CACHE_DIR of a "
+            "machine where tiktoken has used it, or name a Hugging Face tokenizer.json (--tokenizer FILE; that of the "
+            "model gpt2 gives the same tokens), or `bytes`"
+        ) from error
     if vocab_size > MAX_VOCAB_SIZE:
         raise ShardError(f"tokenizer {name} has {vocab_size:,} tokens, but shards hold at most {MAX_VOCAB_SIZE:,}")
-    if bos is None:
-        raise ShardError(f"tokenizer {name} has no token {token} to start documents with: name another with --bos")
-    if bos in encode(token):
+    if bos is None or bos in encode(token):
         raise ShardError(
-            f"{token} is an ordinary token of {name}: text that contains it would look like a new document. Name a "
-            "special token with --bos"
+            f"{token} is no special token of {name}, which no text can contain: name one with --bos to start documents"
         )
     return Tokenizer(encode, bos, vocab_size)
 
@@ -126,22 +132,10 @@ def load_tiktoken(name: str, bos_token: str) -> tuple[Callable[[str], np.ndarray
     """Encoder, BOS and vocabulary size of an encoding of tiktoken."""
     import tiktoken
 
-    if name not in (names := tiktoken.list_encoding_names()):
-        raise ShardError(f"no tokenizer {name}: expected bytes, a file *.json, or one of tiktoken's {', '.join(names)}")
-    try:
-        encoding = tiktoken.get_encoding(name)
-    except Exception as error:  # HTTP client, TLS, proxy and disk each have their own; the ways out are the same
-        raise ShardError(
-            f"tiktoken has no vocabulary of {name} yet and could not download it: {error}\nRun this once with network, "
-            "copy the folder TIKTOKEN_CACHE_DIR of a machine where it was used, or name a Hugging Face tokenizer.json "
-            "(--tokenizer FILE; that of the model gpt2 gives the same tokens)"
-        ) from error
+    encoding = tiktoken.get_encoding(name)
+    bos = encoding.encode_single_token(bos_token) if bos_token in encoding.special_tokens_set else None
     # As encode_ordinary, but an array: a list of Python integers takes 15 times the memory.
-    encode = functools.partial(encoding.encode_to_numpy, disallowed_special=())
-    try:
-        return encode, encoding.encode_single_token(bos_token), encoding.max_token_value + 1
-    except KeyError:
-        return encode, None, encoding.max_token_value + 1
+    return functools.partial(encoding.encode_to_numpy, disallowed_special=()), bos, encoding.max_token_value + 1
 
 
 def load_file(name: str, bos_token: str) -> tuple[Callable[[str], np.ndarray], int | None, int]:
@@ -149,17 +143,11 @@ def load_file(name: str, bos_token: str) -> tuple[Callable[[str], np.ndarray], i
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
     import tokenizers
 
-    try:
-        tokenizer = tokenizers.Tokenizer.from_file(name)
-    except Exception as error:  # the library raises plain Exceptions
-        raise ShardError(f"{name} is not a file of the tokenizers library: {error}") from error
+    tokenizer = tokenizers.Tokenizer.from_file(name)
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True  # a document that contains <|endoftext|> must not be cut there
-
-    def encode(text: str) -> np.ndarray:
-        return np.array(tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int64)
-
+    encode = lambda text: np.array(tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int64)
     return encode, tokenizer.token_to_id(bos_token), 1 + max(tokenizer.get_vocab().values(), default=0)
 
 
@@ -170,21 +158,15 @@ class Place(NamedTuple):
     """Where a shard begins in the source. Any document to start reading from will do: `skip` does the rest."""
 
     file: int = 0  # of the record's list
-    number: int = 0  # of the document in it
+    number: int = 0  # of the document in it: of the lines of a jsonl, rows of a parquet, pieces of a txt
     skip: int = 0  # tokens from there on that belong to the shards before
     split: str | None = None  # "val" or "train", which alone is read; None: all
 
 
 class Document(NamedTuple):
-    path: str
-    file: int  # of the record's list
-    number: int  # in it: of lines of a jsonl, rows of a parquet, pieces of a txt
-    content: bytes | str | None  # jsonl: the line
-
-    def where(self) -> str:
-        if self.path.endswith(".txt"):
-            return self.path
-        return f"{self.path}, {'row' if self.path.endswith('.parquet') else 'line'} {self.number + 1}"
+    place: Place
+    name: str  # for messages
+    text: bytes  # in UTF-8
 
 
 def cut(text: bytes, max_bytes: int) -> Iterator[bytes]:
@@ -198,97 +180,121 @@ def cut(text: bytes, max_bytes: int) -> Iterator[bytes]:
     yield text[begin:]
 
 
-def read_text(path: str, max_bytes: int) -> Iterator[bytes]:
-    with open(path, "rb") as file:
-        rest = b""
-        while content := file.read(max(PIECE_BYTES, max_bytes)):
-            *pieces, rest = cut(rest + content, max_bytes)
-            yield from pieces
-        yield rest
+def read_text(file: BinaryIO, max_bytes: int) -> Iterator[bytes]:
+    """The pieces of a text file."""
+    rest = b""
+    while content := file.read(max(PIECE_BYTES, max_bytes)):
+        *pieces, rest = cut(rest + content, max_bytes)
+        yield from (piece.decode().encode() for piece in pieces)
+    yield rest.decode().encode()
 
 
-def read_lines(path: str) -> Iterator[bytes]:
-    with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
-        yield from file
+def read_lines(file: BinaryIO, field: str) -> Iterator[bytes]:
+    """The text of each line of JSON; of a blank one b""."""
+    for line in file:
+        fields = json.loads(line.decode()) if line.strip() else {field: None}
+        if not isinstance(fields, dict) or field not in fields:
+            found = f"the fields {', '.join(fields)}" if isinstance(fields, dict) else f"a {type(fields).__name__}"
+            raise ValueError(f"expected an object with the field {field} (see --text-field): {found}")
+        text = utf8(fields[field])
+        del line, fields  # which can have half a gigabyte
+        yield text
 
 
-def read_parquet(path: str, column: str) -> Iterator[str | None]:
+def read_parquet(file: BinaryIO, column: str) -> Iterator[bytes]:
+    """The text of each row."""
+    from pyarrow.parquet import ParquetFile
+
+    with ParquetFile(file, buffer_size=1 << 20) as rows:  # buffered: a column of a row group can be gigabytes
+        if column not in (names := rows.schema_arrow.names):
+            raise ValueError(f"no column {column}, but {', '.join(names)}: name one with --text-field")
+        for batch in rows.iter_batches(PARQUET_ROWS, columns=[column]):
+            yield from map(utf8, batch.column(0).to_pylist())
+
+
+def utf8(text: object) -> bytes:
+    """A text in UTF-8; b"" for None."""
+    if not isinstance(text, str | None):
+        raise ValueError(f"expected a text, found a {type(text).__name__}: name another --text-field")
     try:
-        from pyarrow.parquet import ParquetFile
-    except ImportError:
-        raise ShardError(f"{path} needs pyarrow: pip install pyarrow") from None
-    with ParquetFile(path, buffer_size=1 << 20) as file:  # buffered: a column of a row group can be gigabytes
-        if column not in (names := file.schema_arrow.names):
-            raise ShardError(f"{path} has no column {column}, but {', '.join(names)}: name one with --text-field")
-        for batch in file.iter_batches(PARQUET_ROWS, columns=[column]):
-            yield from batch.column(0).to_pylist()
+        return (text or "").encode()
+    except UnicodeEncodeError:  # JSON can escape half of a surrogate pair: U+FFFD, as tiktoken does
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
 
 
-def read(files: list[dict], fetch: Callable, start: Place, settings: Settings) -> Iterator[Document]:
-    """The source from `start` on. `fetch(file)` is a context that yields the path of a file.
+def opened(name: str) -> BinaryIO:
+    """A file of this machine, or of the hub, which is read over the network as it is needed."""
+    if not name.startswith(HUB):
+        return (gzip.open if name.endswith(".gz") else open)(name, "rb")
+    from huggingface_hub import HfFileSystem
 
-    Raises ShardError naming the file which cannot be read.
-    """
-    for index in range(start.file, len(files)):
+    return HfFileSystem().open(name, block_size=HUB_BLOCK_BYTES)
+
+
+def read(files: list[dict], start: Place, settings: Settings) -> Iterator[Document]:
+    """The documents of the source from `start` on. Raises ShardError naming the file, and what of it is wrong."""
+    for index, (name, size) in enumerate((file["name"], file["size"]) for file in files):
+        if index < start.file:
+            continue
+        unit = {".txt": "piece", ".parquet": "row"}.get(Path(name).suffix, "line")
+        number = -1  # of the document read last
         try:
-            with fetch(files[index]) as path:
-                if path.endswith(".parquet"):
-                    contents = read_parquet(path, settings.text_field)
-                elif path.endswith(".txt"):
-                    contents = read_text(path, settings.max_bytes or files[index]["size"] + 1)
+            with opened(name) as file:
+                if unit == "piece":
+                    texts = read_text(file, settings.max_bytes or size + 1)
                 else:
-                    contents = read_lines(path)
-                for number, content in enumerate(contents):
+                    texts = (read_parquet if unit == "row" else read_lines)(file, settings.text_field)
+                for number, text in enumerate(texts):
                     if (index, number) >= start[:2]:
-                        yield Document(path, index, number, content)
-        except (OSError, EOFError, ValueError, zlib.error) as error:  # pyarrow's are OSError and ValueError
-            raise ShardError(f"{files[index]['name']} cannot be read: {error}") from error
+                        yield Document(Place(index, number), f"{name}, {unit} {number + 1}", text)
+        except ImportError as error:
+            library = error.name.partition(".")[0]
+            raise ShardError(f"{name} needs {library}: pip install {library}") from None
+        except Exception as error:  # each library has its own
+            kind = HubError if name.startswith(HUB) else ShardError
+            raise kind(f"{name} cannot be read at its {unit} {number + 2}: {error}") from error
 
 
-def batched(documents: Iterable[Document]) -> Iterator[tuple[int, list[Document]]]:
-    """Groups documents, also of several files, to about BATCH_BYTES; yields their size with them."""
+def batched(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """Groups documents, also of several files, to about BATCH_BYTES."""
     batch, size = [], 0
     for document in documents:
         batch.append(document)
-        size += len(document.content or "") + 100  # so that even a million of empty files are some batches
+        size += len(document.text) + 100  # so that even a million of empty files are some batches
         if size >= BATCH_BYTES:
-            yield size, batch
+            yield batch
             batch, size = [], 0
     if batch:
-        yield size, batch
+        yield batch
 
 
 # ---- tokenizing, in the workers ----
 
-tokenizer_of = functools.cache(load_tokenizer)
-
 
 def tokenize(documents: list[Document], settings: Settings, split: str | None) -> tuple[Place, np.ndarray]:
-    """Place of these documents, and their tokens (n,) uint16, each after its BOS. Raises ShardError naming the line."""
-    tokenizer = tokenizer_of(settings.tokenizer, settings.bos)
-    place = Place(documents[0].file, documents[0].number, split=split)
-    parts = [np.empty(0, dtype="<u2")]
+    """Place of these documents, and their tokens (n,) uint16, each after its BOS. Raises ShardError naming the one."""
+    tokenizer, parts = load_tokenizer(settings.tokenizer, settings.bos), [np.empty(0, dtype="<u2")]
+    begin = documents[0].place._replace(split=split)
     documents.reverse()
     while documents:
-        document = documents.pop()  # and not kept: it can have half a gigabyte
-        text, number, where = text_of(document, settings.text_field), document.file + document.number, document.where()
-        del document
+        place, name, text = documents.pop()  # and not kept: it can have half a gigabyte
         try:
-            for i, part in enumerate(cut(text, settings.max_bytes or len(text))):
-                if part and (split is None or (split == "val") == is_drawn(number + i, settings.one_in)):
+            for i, part in enumerate(cut(text, settings.max_bytes or len(text)), start=place.file + place.number):
+                if part and (split is None or (split == "val") == is_drawn(i, settings.one_in)):
                     parts += encode(part, tokenizer, settings.max_document)
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # a panic of the libraries' Rust code is no Exception
-            raise ShardError(f"{where}: the tokenizer failed on this document: {error}") from None
-    return place, np.concatenate(parts, dtype="<u2", casting="unsafe")
+            raise ShardError(f"{name}: the tokenizer failed on this document: {error}") from None
+        del text
+    return begin, np.concatenate(parts)
 
 
 def encode(text: bytes, tokenizer: Tokenizer, most: int | None) -> list[np.ndarray]:
     """BOS and the tokens of a text, of parts of it where they are more than `most`."""
     tokens = tokenizer.encode(text.decode())
     if most is None or 1 + len(tokens) <= most:
-        return [np.array([tokenizer.bos]), tokens]
+        return [np.array([tokenizer.bos], dtype="<u2"), tokens.astype("<u2")]
     parts = cut(text, max(len(text) * (most - 1) // len(tokens), 4))
     return [array for part in parts for array in encode(part, tokenizer, most)]
 
@@ -300,35 +306,6 @@ def is_drawn(number: int, one_in: int) -> bool:
     """
     run, place = divmod(number, one_in)
     return place == (zlib.crc32(b"%d" % run) - zlib.crc32(b"0")) % one_in
-
-
-def text_of(document: Document, text_field: str) -> bytes:
-    """The text of a document in UTF-8; b"" where it has none. Raises ShardError naming the line where it is no text."""
-    content, where = document.content, document.where()
-    if document.path.endswith(".txt"):
-        try:
-            return content.decode().encode()
-        except UnicodeDecodeError as error:
-            raise ShardError(f"{where} cannot be read as UTF-8: {error}") from None
-    if isinstance(content, bytes):
-        if not content.strip():
-            return b""
-        try:
-            fields = json.loads(content.decode())
-        except (ValueError, RecursionError) as error:
-            raise ShardError(f"{where} is not JSON in UTF-8: {error}") from None
-        if not isinstance(fields, dict) or text_field not in fields:
-            found = f"the fields {', '.join(fields)}" if isinstance(fields, dict) else f"a {type(fields).__name__}"
-            raise ShardError(f"{where}: expected an object with the field {text_field} (see --text-field): {found}")
-        content = fields[text_field]
-    if content is None:
-        return b""
-    if not isinstance(content, str):
-        raise ShardError(f"{where}: expected a text, found a {type(content).__name__}: name another --text-field")
-    try:
-        return content.encode()
-    except UnicodeEncodeError:  # JSON can escape half of a surrogate pair: U+FFFD, as tiktoken does
-        return content.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
 
 
 # ---- writing, in the first process ----
@@ -363,26 +340,22 @@ class TokenStream:
             yield part
 
 
-def write_shards(out: Path, record: dict, settings: Settings, limit: float, stream: TokenStream) -> None:
-    """Writes what the record lacks, or its drawn validation shard, and each finished shard into the record."""
+def write_shards(path: Path, record: dict, settings: Settings, limit: float, stream: TokenStream) -> None:
+    """Writes what the record lacks, or its drawn validation shard, and the record, at `path`, after each."""
     written = record["shards"]
     while stream.place and not is_complete(record, limit):
         drawn = settings.val_tokens if not written else None
         count = min(drawn or settings.shard_tokens, limit - total_of(record, "tokens"))
-        name = f"{record['prefix']}_{'train' if written else 'val'}_{len(written):06d}.bin"
-        shards.require_space(out, shards.HEADER_BYTES + 2 * count)
-        entry = shards.write_shard(out / name, stream.take(count), record["bos"])
+        name = f"fineweb_{'train' if written else 'val'}_{len(written):06d}.bin"
+        entry = shards.write_shard(path.parent / name, stream.take(count), record["bos"])
         written[name] = entry | {"next": Place(split="train") if drawn else stream.place}
-        save(out, record)
-        print(f"{out / name}: {entry['tokens']:,} tokens", file=sys.stderr)
+        shards.write_json(path, record)
+        print(f"{path.parent / name}: {entry['tokens']:,} tokens", file=sys.stderr)
         if drawn:
             return
     for shard in [*written.values()][-1:]:  # the end may come right after the validation shard
         shard["next"] = stream.place
-    save(out, record)
-
-
-# ---- the record: what is written, and where the source goes on ----
+    shards.write_json(path, record)
 
 
 def total_of(record: dict, what: str) -> int:
@@ -392,47 +365,6 @@ def total_of(record: dict, what: str) -> int:
 def is_complete(record: dict, limit: float) -> bool:
     """Whether there are as many tokens as are asked for, or all that the source has."""
     return total_of(record, "tokens") >= limit or any(shard["next"] is None for shard in record["shards"].values())
-
-
-def save(out: Path, record: dict) -> None:
-    shards.write_json(out / f"{record['prefix']}.json", record)
-
-
-def load_record(out: Path, prefix: str) -> dict | None:
-    """The record in the folder, less the shards which are gone or damaged and those after them; None where none is.
-
-    Raises ShardError where there are shards without a record, or where it cannot be read.
-    """
-    path, way = out / f"{prefix}.json", "name another --out or --prefix, or remove what is there"
-    if not path.exists():
-        if strangers := sorted(out.glob(f"{prefix}_*.bin")):
-            raise ShardError(f"{out} holds {strangers[0].name}, but no {path.name} that says what it is of: {way}")
-        return None
-    try:
-        record = json.loads(path.read_bytes())
-        recorded, record["shards"] = record["shards"], {}
-        for name, shard in recorded.items():
-            if not shards.is_whole(out / name, shard["tokens"]):
-                print(f"{out / name} is gone or damaged: writing it and those after it again")
-                break
-            record["shards"][name] = shard | {"next": shard["next"] and Place(*shard["next"])}
-        return record
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ShardError(f"{path} is not a record of this version of the script ({error!r}): {way}") from None
-
-
-def refuse_changes(out: Path, record: dict, settings: Settings, files: list[dict]) -> None:
-    """Raises ShardError where the folder holds the shards of other settings or files."""
-    described = lambda settings, files: settings | {file["name"]: f"{file['size']:,} bytes" for file in files}
-    old, now = described(record["settings"], record["files"]), described(asdict(settings), files)
-    changes = [key for key in old | now if old.get(key, "") != now.get(key, "")]
-    if changes:
-        named = [f"{key} is {old.get(key, 'not there')}, now {now.get(key, 'not there')}" for key in changes[:5]]
-        more = f" and {len(changes) - 5} more" if len(changes) > 5 else ""
-        raise ShardError(
-            f"{out} holds shards made with other settings, and is left as it is: {'; '.join(named)}{more}. Name "
-            "another --out or --prefix, or repeat the settings"
-        )
 
 
 # ---- sources ----
@@ -456,39 +388,19 @@ def find_files(patterns: list[str]) -> list[dict]:
     return [{"name": path, "size": os.path.getsize(path)} for path in sorted(paths)]
 
 
-def list_hub(repo: str, sample: str) -> tuple[str, list[dict]]:
-    """Present revision of the dataset, and the files of its sample in that revision."""
-    folder = f"sample/{sample}"
+def list_hub(repo: str, sample: str) -> list[dict]:
+    """Name, with the dataset's present revision, and size of each file of its sample."""
 
-    def listed() -> tuple[str, list[dict]]:
-        from huggingface_hub import HfApi
+    def listed() -> list[dict]:
+        from huggingface_hub import HfApi, HfFileSystem
 
         revision = HfApi().dataset_info(repo).sha
-        tree = HfApi().list_repo_tree(repo, folder, repo_type="dataset", revision=revision)
-        files = sorted((item for item in tree if item.path.endswith(".parquet")), key=lambda item: item.path)
-        return revision, [{"name": file.path, "size": file.size} for file in files]
+        found = HfFileSystem().glob(f"{HUB}{repo}@{revision}/sample/{sample}/*.parquet", detail=True)
+        return [{"name": f"hf://{path}", "size": found[path]["size"]} for path in sorted(found)]
 
-    revision, files = shards.hub_call(f"list of {repo}/{folder}", listed, waits=())
-    if not files:
-        raise ShardError(f"{repo} has no parquet files in {folder}, revision {revision}")
-    return revision, files
-
-
-@contextlib.contextmanager
-def hub_file(staging: Path, repo: str, revision: str, file: dict) -> Iterator[str]:
-    """Path of a file of the hub in the staging folder, which is gone once that was read."""
-
-    def download() -> str:
-        from huggingface_hub import hf_hub_download
-
-        return hf_hub_download(repo, file["name"], repo_type="dataset", revision=revision, local_dir=staging)
-
-    shutil.rmtree(staging, ignore_errors=True)  # what a killed call has left
-    shards.require_space(staging, file["size"])
-    try:
-        yield shards.hub_call(file["name"], download, shards.HUB_WAITS)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    if files := shards.hub_call(f"list of {repo}/sample/{sample}", listed, waits=()):
+        return files
+    raise HubError(f"{repo} has no parquet files in sample/{sample}")
 
 
 # ---- the run ----
@@ -504,12 +416,14 @@ def validation_rule(files: list[dict], tokenizer: str, limit: int | None) -> tup
     return one_in, min(SHARD_TOKENS, max(limit // one_in, 1) if limit else SHARD_TOKENS)
 
 
-def build(arguments: argparse.Namespace, settings: Settings, files: list[dict] | None) -> tuple[dict, int]:
+def build(options: argparse.Namespace, settings: Settings, files: list[dict] | None) -> tuple[dict, int]:
     """Writes the shards that the folder lacks. Returns the record, and how many tokens were written."""
-    out, limit = arguments.out, arguments.tokens or math.inf
-    record = load_record(out, arguments.prefix)
+    out, limit, path = options.out, options.tokens or math.inf, options.out / "fineweb.json"
+    described = asdict(settings) | {file["name"]: f"{file['size']:,} bytes" for file in files or ()}
+    record = shards.read_sidecar(path, "fineweb_*.bin", described)
     if record is not None:
-        refuse_changes(out, record, settings, record["files"] if files is None else files)
+        for shard in record["shards"].values():
+            shard["next"] = shard["next"] and Place(*shard["next"])
         if is_complete(record, limit):
             return record, 0
         *_, last = {"tokens": settings.shard_tokens}, *record["shards"].values()
@@ -517,28 +431,22 @@ def build(arguments: argparse.Namespace, settings: Settings, files: list[dict] |
             record["shards"].popitem()  # a lower limit had cut it short: it is written again
     tokenizer = load_tokenizer(settings.tokenizer, settings.bos)
     if record is None:
-        revision, listed = (None, files) if files is not None else list_hub(REPOS[arguments.source], arguments.sample)
-        record = {"prefix": arguments.prefix, "settings": asdict(settings), "revision": revision, "files": listed}
-        record |= {"dataset": settings.source, "bos": tokenizer.bos, "vocab_size": tokenizer.vocab_size, "shards": {}}
+        files = files or list_hub(REPOS[options.source], options.sample)
+        record = {"dataset": settings.source, "settings": described, "files": files}
+        record |= {"bos": tokenizer.bos, "vocab_size": tokenizer.vocab_size, "shards": {}}
     before = total_of(record, "tokens")
-    known = arguments.tokens or (SAMPLE_TOKENS[arguments.sample] if files is None else 0)
+    known = options.tokens or SAMPLE_TOKENS.get(options.sample, 0)
     shards.require_space(out, 2 * max(known - before, 0))
-    save(out, record)
+    shards.write_json(path, record)
 
-    fetch = lambda file: contextlib.nullcontext(file["name"])
-    if files is None:
-        staging = out / f".{arguments.prefix}.staging"
-        fetch = functools.partial(hub_file, staging, REPOS[arguments.source], record["revision"])
-    workers = min(arguments.workers, 1 + sum(file["size"] for file in record["files"]) // BATCH_BYTES)
+    workers = min(options.workers, 1 + sum(file["size"] for file in record["files"]) // BATCH_BYTES)
     while not is_complete(record, limit):
         *_, start = Place(split=settings.one_in and "val"), *(shard["next"] for shard in record["shards"].values())
-        documents = read(record["files"], fetch, start, settings)
-        tasks = ((size, (batch, settings, start.split)) for size, batch in batched(documents))
-        most = BATCHES_PER_WORKER * workers * BATCH_BYTES
-        with contextlib.closing(shards.map_in_order(tokenize, tasks, workers, most)) as tokens:
-            write_shards(out, record, settings, limit, TokenStream(tokens, start.skip))
+        tasks = ((batch, settings, start.split) for batch in batched(read(record["files"], start, settings)))
+        with contextlib.closing(shards.map_in_order(tokenize, tasks, workers, BATCHES_PER_WORKER)) as tokens:
+            write_shards(path, record, settings, limit, TokenStream(tokens, start.skip))
         if not record["shards"]:
-            (out / f"{arguments.prefix}.json").unlink()
+            path.unlink()
             few = ", or too few to draw one for validation" if settings.one_in else ""
             raise ShardError(f"the input has no documents{few}: nothing was written")
     return record, total_of(record, "tokens") - before
@@ -561,7 +469,6 @@ def parse_command() -> argparse.Namespace:
     add("--shard-tokens", type=amount, metavar="N", help="tokens per shard, as FineWeb (default: 100M)")
     cut = "cut documents of more tokens, or of 4N bytes (default: of --input 8192, as bytes 2048; else none)"
     add("--max-document", type=amount, metavar="N", help=cut)
-    add("--prefix", default="fineweb", help="of the file names (default: fineweb)")
     cores = shards.available_cores()
     add("--workers", type=amount, default=cores, metavar="K", help="tokenizing processes (default here: %(default)s)")
     arguments = parser.parse_args()
@@ -575,8 +482,6 @@ def parse_command() -> argparse.Namespace:
         parser.error(f"--max-document {arguments.max_document}: expected at least 64")
     if arguments.shard_tokens >= 2**31:
         parser.error(f"--shard-tokens {arguments.shard_tokens:,}: a shard's header holds at most {2**31 - 1:,}")
-    if not re.fullmatch(r"\w[\w.-]*", arguments.prefix) or re.search(r"_(train|val)_", arguments.prefix):
-        parser.error(f"--prefix {arguments.prefix}: letters, digits and -_. only, and neither _train_ nor _val_")
     if arguments.shards:
         arguments.tokens = arguments.shards * arguments.shard_tokens
     if not arguments.input:
@@ -588,6 +493,8 @@ def main() -> None:
     arguments = parse_command()
     start, name = time.perf_counter(), arguments.tokenizer
     with shards.messages("fineweb.py", WAYS_OUT):
+        files = find_files(arguments.input) if arguments.input else None
+        drawn = validation_rule(files, name, arguments.tokens) if arguments.draws else (None, None)
         settings = Settings(
             source=f"{arguments.source}, sample {arguments.sample}" if arguments.source else "--input",
             text_field=arguments.text_field,
@@ -596,18 +503,16 @@ def main() -> None:
             bos=arguments.bos,
             shard_tokens=arguments.shard_tokens,
             max_document=arguments.max_document,
+            one_in=drawn[0],
+            val_tokens=drawn[1],
         )
-        files = find_files(arguments.input) if arguments.input else None
-        if arguments.draws:
-            one_in, most = validation_rule(files, name, arguments.tokens)
-            settings = replace(settings, one_in=one_in, val_tokens=most)
         with shards.exclusive(arguments.out):
             record, written = build(arguments, settings, files)
     seconds = time.perf_counter() - start
     speed = f"{seconds:.1f} s, {written / seconds:,.0f} tokens/s" if written else f"{seconds:.1f} s"
     val, *train = (shard["tokens"] for shard in record["shards"].values())
     print(
-        f"{arguments.prefix} data: {'wrote' if written else 'found'} {total_of(record, 'documents'):,} documents, "
+        f"fineweb data: {'wrote' if written else 'found'} {total_of(record, 'documents'):,} documents, "
         f"{val + sum(train):,} tokens in {1 + len(train)} shards in {arguments.out} ({speed}), {val:,} for validation"
         + (f": one document in {settings.one_in}" if settings.one_in else "")
     )

@@ -203,8 +203,7 @@ def verified_sidecar(out: Path, versions: dict[str, str], names: tuple[str, str]
 def build(out: Path, versions: dict[str, str], tuning: bool) -> dict:
     """Writes both shards and the sidecar into `out`; returns the sidecar."""
     sources, left_out = splits(tuning)
-    if strangers := sorted(path.name for path in out.glob("*_*_*.bin") if path.name not in sources):
-        raise ShardError(f"{out} also holds {strangers[0]}, which a run would read as well: name another --out")
+    shards.refuse_strangers(out, sources)
     entries, contents = {}, {}
     for name, texts in sources.items():
         if not texts:

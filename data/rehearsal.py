@@ -27,7 +27,6 @@ left as it is.
 """
 
 import argparse
-import json
 import math
 import time
 from collections.abc import Iterable, Iterator
@@ -90,6 +89,11 @@ class Settings:
         for i, begin in enumerate(range(0, self.tokens, self.shard_tokens), start=1):
             sizes[f"rehearsal_train_{i:06d}.bin"] = min(self.shard_tokens, self.tokens - begin)
         return sizes
+
+    @property
+    def described(self) -> dict[str, int | float]:
+        """As the sidecar has them."""
+        return asdict(self) | {"format": FORMAT}
 
     def check(self) -> None:
         """Raises ShardError for a setting out of its range."""
@@ -331,38 +335,17 @@ def make_block(settings: Settings, *task: int) -> np.ndarray:
 
 
 def read_sidecar(out: Path, settings: Settings) -> dict | None:
-    """The sidecar of a folder, less the shards that are gone or damaged; None where there is none yet.
-
-    Raises ShardError where the folder holds other settings, or shards that are not of these.
-    """
-    advice = "Name another folder with --out, or remove this one"
-    found = {path.name for pattern in ("*_train_*.bin", "*_val_*.bin") for path in out.glob(pattern)}
-    try:
-        sidecar = json.loads((out / SIDECAR).read_text())
-        had = {"format": sidecar["format"], **sidecar["settings"]}
-        listed = dict(sidecar["shards"])
-        sidecar["vocab_size"]  # which one of an older version lacks
-    except FileNotFoundError:
-        if found:
-            raise ShardError(f"{out} holds {min(found)}, but no {SIDECAR} says what it is. {advice}") from None
-        return None
-    except (ValueError, TypeError, KeyError) as error:
-        problem = f"{out / SIDECAR} is no sidecar of this version of the script ({error!r})"
-        raise ShardError(f"{problem}. {advice}") from error
-    wanted = {"format": FORMAT, **asdict(settings)}
-    differences = [f"{k} {had.get(k)} (now {wanted.get(k)})" for k in had | wanted if had.get(k) != wanted.get(k)]
-    if differences:
-        raise ShardError(f"{out} holds shards of other settings: {', '.join(differences)}. {advice}")
-    if foreign := found - set(settings.shards):
-        raise ShardError(f"{out} also holds {min(foreign)}, which a run would read as well. {advice}")
-    sidecar["shards"] = {k: v for k, v in listed.items() if shards.is_whole(out / k, settings.shards[k])}
+    """As that of `shards`, whose errors it raises, and one where the folder has other shards as well."""
+    sidecar = shards.read_sidecar(out / SIDECAR, "*_*_*.bin", settings.described)
+    if sidecar is not None:
+        shards.refuse_strangers(out, settings.shards)
     return sidecar
 
 
 def is_complete(out: Path, settings: Settings, sidecar: dict | None) -> bool:
     if sidecar is None or "floor" not in sidecar or not (out / SOURCE).exists():
         return False
-    return set(sidecar["shards"]) == set(settings.shards)
+    return len(sidecar["shards"]) == len(settings.shards)
 
 
 def build(out: Path, settings: Settings, sidecar: dict | None, workers: int) -> dict:
@@ -370,7 +353,7 @@ def build(out: Path, settings: Settings, sidecar: dict | None, workers: int) -> 
     from tqdm import tqdm  # here: its import would slow down every start that has its data
 
     sizes, source = settings.shards, Source(settings)
-    sidecar = sidecar or {"format": FORMAT, "settings": asdict(settings), "dataset": "rehearsal", "shards": {}}
+    sidecar = sidecar or {"settings": settings.described, "dataset": "rehearsal", "shards": {}}
     sidecar |= {"bos": settings.bos, "vocab_size": settings.vocab_size, "marker": settings.marker}
     missing = [name for name in sizes if name not in sidecar["shards"]]
     shards.require_space(out, sum(shards.HEADER_BYTES + 2 * sizes[name] for name in missing) + 4 * 2**20)
@@ -380,17 +363,16 @@ def build(out: Path, settings: Settings, sidecar: dict | None, workers: int) -> 
     numbers = {name: number for number, name in enumerate(sizes)}
     starts = {name: range(0, sizes[name], BLOCK_TOKENS) for name in missing}
     tasks = [
-        (1, (settings, numbers[name], block, min(BLOCK_TOKENS, sizes[name] - begin)))
+        (settings, numbers[name], block, min(BLOCK_TOKENS, sizes[name] - begin))
         for name in missing
         for block, begin in enumerate(starts[name])
     ]
     workers = max(min(workers, len(tasks)), 1)
-    with closing(shards.map_in_order(make_block, tasks, workers, 2 * workers)) as blocks:
+    with closing(shards.map_in_order(make_block, tasks, workers, ahead=2)) as blocks:
         for name in tqdm(missing, unit="shard", disable=None):
             # Blocks are a little longer than asked for: the last document of a shard is cut.
-            entry = shards.write_shard(out / name, islice(blocks, len(starts[name])), settings.bos, sizes[name])
-            written = sidecar["shards"] | {name: entry}
-            sidecar["shards"] = {name: written[name] for name in sizes if name in written}
+            blocks_of_shard = islice(blocks, len(starts[name]))
+            sidecar["shards"][name] = shards.write_shard(out / name, blocks_of_shard, settings.bos, sizes[name])
             shards.write_json(out / SIDECAR, sidecar)
     if "floor" not in sidecar:
         predictions = min(VAL_PREDICTIONS, settings.val_tokens - 1)

@@ -9,22 +9,20 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
-import queue
 import re
 import shutil
 import signal
 import struct
 import sys
+import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, TypeVar
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple, TypeVar
 
 if TYPE_CHECKING:  # a call that finds everything should not wait for it
     import numpy as np
@@ -37,6 +35,9 @@ TEMPORARY_SUFFIX = ".tmp"
 HUB_WAITS = (1, 4, 16)  # seconds between attempts at a file of the hub, whose client tries by itself as well
 
 T = TypeVar("T")
+
+# Before huggingface_hub is imported, which would first ask the hub for a list of AI agents, for its User-Agent.
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 
 class ShardError(Exception):
@@ -56,6 +57,13 @@ def messages(script: str, ways_out: str = "") -> Iterator[None]:
         sys.exit(f"data/{script}: error: {error}\n{ways_out}")
     except (ShardError, OSError) as error:
         sys.exit(f"data/{script}: error: {error}")
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        sys.exit(
+            f"data/{script}: error: a worker process has ended: killed, or out of memory? Finished shards are kept: "
+            f"run the same command again, with fewer --workers if memory is short ({error})"
+        )
     except KeyboardInterrupt:
         print(f"data/{script}: interrupted. Finished shards are kept: the same command goes on", file=sys.stderr)
         sys.stdout.flush()
@@ -189,6 +197,43 @@ def write_shard(
     return {"sha256": sha256_of(path), "tokens": tokens, "documents": documents, **fingerprint(path)}
 
 
+def read_sidecar(path: Path, pattern: str, settings: dict) -> dict | None:
+    """What stands beside the shards, less the first that is gone or damaged and those after it; None where nothing is.
+
+    It has their "settings" and an entry of "shards" for each. Raises ShardError where it cannot be read, where it is of
+    other settings, or where shards (of the glob pattern) have none.
+    """
+    folder, way = path.parent, "name another --out, or remove what is there"
+    if not path.exists():
+        if strangers := sorted(folder.glob(pattern)):
+            raise ShardError(f"{folder} holds {strangers[0].name}, but no {path.name} that says what it is of: {way}")
+        return None
+    try:
+        sidecar = json.loads(path.read_bytes())
+        had, listed, _ = dict(sidecar["settings"]), dict(sidecar["shards"]), sidecar["vocab_size"]
+        whole = {name: is_whole(folder / name, entry["tokens"]) for name, entry in listed.items()}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ShardError(f"{path} is not a record of this version of the script ({error!r}): {way}") from None
+    changes = [key for key in had | settings if had.get(key, "") != settings.get(key, "")]
+    if changes:
+        named = [f"{key} is {had.get(key, 'not there')}, now {settings.get(key, 'not there')}" for key in changes[:5]]
+        more = f" and {len(changes) - 5} more" if len(changes) > 5 else ""
+        raise ShardError(
+            f"{folder} holds shards made with other settings, and is left as it is: {'; '.join(named)}{more}. Repeat "
+            f"them, {way}"
+        )
+    if not all(whole.values()):
+        print(f"{folder / min(whole, key=whole.get)} is gone or damaged: writing it and those after it again")
+    sidecar["shards"] = dict(itertools.takewhile(lambda shard: whole[shard[0]], listed.items()))
+    return sidecar
+
+
+def refuse_strangers(folder: Path, names: Iterable[str]) -> None:
+    """Raises ShardError where the folder has other shards than these."""
+    if strangers := sorted({path.name for path in folder.glob("*_*_*.bin")} - set(names)):
+        raise ShardError(f"{folder} also holds {strangers[0]}, which a run would read as well: name another --out")
+
+
 @contextlib.contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
     """Makes the folder and holds it against other writers, waiting for them; sweeps what killed ones left behind.
@@ -229,78 +274,51 @@ def require_space(folder: Path, num_bytes: int) -> None:
 # ---- processes ----
 
 
-def work(connection: Connection) -> None:
-    """Life of a worker: answers each (function, arguments), until the other end is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the first process, which ends the workers
-    with contextlib.suppress(EOFError, OSError):
-        while True:
-            function, arguments = connection.recv()
-            try:
-                answer = function(*arguments), None
-            except Exception as error:
-                answer = None, error
-            del arguments  # they, and the answer, can be large
-            connection.send(answer)
-            del answer
+class Call(NamedTuple):
+    """A data set in the sense of torch: by its arguments it has what a function gives or raises for them."""
 
+    function: Callable
 
-def map_in_order(
-    function: Callable[..., T], tasks: Iterable[tuple[int, tuple]], workers: int, most: int
-) -> Iterator[T]:
-    """Yields function(*arguments) of each (size, arguments) in order, made by worker processes; one works right here.
-
-    To bound the memory, tasks whose results are not taken yet have at most `most` size together, or are one. Raises
-    what the function raises, and ShardError where a worker is killed. To be closed (contextlib.closing) by its user.
-    """
-    if workers == 1:
-        yield from (function(*arguments) for _, arguments in tasks)
-        return
-    # A thread and a pipe for each process, as ProcessPoolExecutor waits forever for the rest of a result whose sender
-    # was killed. Spawned everywhere: a fork would copy the threads' locks of this process, but not the threads.
-    context, pool = multiprocessing.get_context("spawn"), ThreadPoolExecutor(workers)
-    idle, processes = queue.SimpleQueue(), []
-    pending, in_flight = deque(), 0
-
-    def call(arguments: tuple) -> T:
-        connection = idle.get()
+    def __getitem__(self, arguments: tuple) -> object:
         try:
-            connection.send((function, arguments))
-            result, error = connection.recv()
-        except (EOFError, OSError):
-            raise ShardError(
-                "a worker process has ended: killed, or out of memory? Finished shards are kept: run the same command "
-                "again, with fewer --workers if memory is short"
-            ) from None
-        finally:
-            idle.put(connection)
-        if error:
-            raise error
-        return result
+            return self.function(*arguments)
+        except Exception as error:  # raised in the first process, as it is: torch would add a traceback to its message
+            return error
 
-    try:
-        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which a starting process inherits
-        for _ in range(workers):
-            ours, theirs = context.Pipe()
-            processes.append(context.Process(target=work, args=(theirs,), daemon=True))
-            processes[-1].start()
-            theirs.close()  # so that the pipe ends with the worker
-            idle.put(ours)
-        signal.signal(signal.SIGINT, handler)
-        for size, arguments in tasks:
-            while pending and in_flight + size > most:
-                done, future = pending.popleft()
-                yield future.result()
-                in_flight -= done
-            pending.append((size, pool.submit(call, arguments)))
-            in_flight += size
-        while pending:
-            yield pending.popleft()[1].result()
-    finally:
-        for process in processes:
-            process.terminate()
-        pool.shutdown(cancel_futures=True)
-        for process in processes:
-            process.join()
+
+def unchanged(result: T) -> T:
+    return result
+
+
+def end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def start_worker(_number: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the first process, which ends the workers
+    # Where that one is killed, torch's own worker would wait for ever to hand over its last result.
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def map_in_order(function: Callable[..., T], tasks: Iterable[tuple], workers: int, ahead: int) -> Iterator[T]:
+    """Yields function(*arguments) of each of `tasks` in order, made by worker processes; one works right here.
+
+    To bound the memory, the results of at most `ahead` tasks per worker are not taken yet. Raises what the function
+    raises; where a worker is killed, torch raises a RuntimeError in this process, for which `messages` has words.
+    """
+    calls = Call(function)
+    if workers == 1:
+        results = map(calls.__getitem__, tasks)
+    else:
+        from torch.utils.data import DataLoader
+
+        how = {"batch_size": None, "collate_fn": unchanged, "worker_init_fn": start_worker}
+        results = DataLoader(calls, sampler=tasks, num_workers=workers, prefetch_factor=ahead, **how)
+    for result in results:
+        if isinstance(result, Exception):
+            raise result
+        yield result
 
 
 # ---- the hub ----
@@ -311,9 +329,6 @@ def hub_call(what: str, call: Callable[[], T], waits: Iterable[float]) -> T:
 
     Raises HubError where the hub refuses or cannot be reached, ShardError where the disk refuses.
     """
-    # Before its import, which `call` should do: else huggingface_hub would first ask the hub for a list of AI agents,
-    # for its User-Agent.
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     waits = iter(waits)
     while True:
         try:

@@ -148,6 +148,21 @@ def cpu(dtype: torch.dtype = torch.float32, rank: int = 0, world_size: int = 1) 
     return Runtime(torch.device("cpu"), rank, world_size, dtype)
 
 
+def kill_before_rename(number: int) -> str:
+    """Code by which a process gets SIGKILL right before its n-th new file gets its name; 0: never."""
+    return f"""
+import os, signal
+rename, calls = os.replace, 0
+def replace(*args):
+    global calls
+    calls += 1
+    if calls == {number}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    rename(*args)
+os.replace = replace
+"""
+
+
 def run_process(command: list, timeout: float = 300) -> subprocess.CompletedProcess:
     """Run a command on one thread, outside any process group of the tests; its output is captured as text."""
     env = {k: v for k, v in os.environ.items() if k not in LAUNCHER_VARIABLES}

@@ -94,9 +94,11 @@ class Handler(BaseHTTPRequestHandler):
         commit = list(server.revisions)[-1]
         if path == api:
             return self.reply(200, json.dumps({"id": server.repo, "sha": commit}).encode())
-        if path == f"{api}/paths-info/main":
+        if path.startswith(f"{api}/revision/"):
+            return self.reply(200, json.dumps({"id": server.repo, "sha": path.rpartition("/")[2]}).encode())
+        if path.startswith(f"{api}/paths-info/"):
             form = parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())
-            present = server.revisions[commit]
+            present = server.revisions.get(path.rpartition("/")[2], server.revisions[commit])
             return self.reply(200, self.described(present, [name for name in form["paths"] if name in present]))
         for commit, present in reversed(server.revisions.items()):
             for revision in (commit, "main"):
@@ -126,11 +128,11 @@ class Handler(BaseHTTPRequestHandler):
         if fault.status:
             return self.reply(fault.status)
         content = content if fault.content is None else fault.content
-        begin = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").rstrip("-"))
-        if begin:
-            headers["Content_Range"] = f"bytes {begin}-{len(content) - 1}/{len(content)}"
-        body = content[begin:]
-        self.reply(206 if begin else 200, length=len(body), **headers)
+        first, _, last = self.headers.get("Range", "bytes=0-").removeprefix("bytes=").partition("-")
+        body = content[int(first) : int(last) + 1 if last else None]
+        if "Range" in self.headers:
+            headers["Content_Range"] = f"bytes {first}-{int(first) + len(body) - 1}/{len(content)}"
+        self.reply(206 if "Range" in self.headers else 200, length=len(body), **headers)
         body = body[: fault.cut_after]
         for start in range(0, len(body), CHUNK):
             chunk = body[start : start + CHUNK]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy
 import pytest
-from conftest import REPO, run_process
+from conftest import REPO, kill_before_rename, run_process
 
 import shards
 from data import nano
@@ -346,18 +346,7 @@ def test_without_a_package_the_message_says_what_to_install(tmp_path: Path):
 @pytest.mark.parametrize("kill_at", [1, 2, 3])
 def test_a_kill_leaves_no_half_written_shard(site: Site, tmp_path: Path, kill_at: int):
     """SIGKILL right before the k-th file gets its name: only complete files have names, and the next call finishes."""
-    hook = f"""
-import os, signal
-rename, calls = os.replace, 0
-def replace(*args):
-    global calls
-    calls += 1
-    if calls == {kill_at}:
-        os.kill(os.getpid(), signal.SIGKILL)
-    rename(*args)
-os.replace = replace
-"""
-    site.write("sitecustomize.py", hook.encode())
+    site.write("sitecustomize.py", kill_before_rename(kill_at).encode())
     out = tmp_path / "out"
     site.build(out, code=-signal.SIGKILL)
     found = content(out)
