@@ -64,8 +64,8 @@ no_run='' data_dir='' device=auto previous=''
 for option in "$@"; do
   case $previous in --device) device=$option ;; esac
   case $option in
-    --help | -h) no_run=yes ;;
-    --plan | --scale*) die "$option: see evals/plan.py and evals/sibling.py" ;;
+    --help | --help-all | -h) no_run=yes ;;
+    --plan | --scale* | --eval*) die "$option: see evals/plan.py, evals/sibling.py and evals/hellaswag.py" ;;
     --data-dir | --data-dir=* | --data_dir | --data_dir=*) data_dir=given ;;
     --device=*) device=${option#--device=} ;;
   esac
@@ -153,12 +153,18 @@ except ChildFailedError as error:
     # SIGTERM and half a minute later SIGKILL.
     first = min(failure.timestamp for failure in error.failures.values())
     soon = [(rank, failure) for rank, failure in error.failures.items() if failure.timestamp < first + 5]
-    rank, failure = min(soon, key=lambda item: (item[1].exitcode >= 0 or item[1].exitcode == -15, item[1].timestamp))
+
+    def importance(item):
+        code, message = item[1].exitcode, item[1].message
+        killed, speaks = code < 0 and code not in (-6, -15), isinstance(message, dict)
+        return not killed, not speaks, code != -6, item[1].timestamp
+
+    rank, failure = min(soon, key=importance)
     said = failure.message
     if isinstance(said, dict):
         sys.exit("error: " + said["message"])
     if failure.exitcode == -6:
-        sys.exit(f"error: rank {rank} aborted; NCCL does so where another rank hangs. See --save-every and --resume.")
+        sys.exit(f"error: rank {rank} aborted (on GPUs: another rank hangs). See --save-every and --resume.")
     if failure.exitcode < 0:
         sys.exit(f"error: rank {rank} was killed by {failure.signal_name()}. See --save-every and --resume.")
     sys.exit(failure.exitcode)

@@ -37,7 +37,7 @@ import textwrap
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -1351,6 +1351,7 @@ class Optimizer:
                 p.register_post_accumulate_grad_hook(functools.partial(self._gradient_arrived, name))
         self._expected: dict[str, tuple[str, ...]] = {}  # `_updates` of the step whose last backward pass is under way
         self._missing: set[str] = set()  # parameters without their gradient of that pass yet
+        self._late: set[str] = set()  # those whose gradients come after it
         self._sums: dict[str, tuple[Tensor, dist.Work | None]] = {}  # of gradients over the ranks, under way
         self._normuon_update, self._adam_update = runtime.compiled(normuon_update), runtime.compiled(adam_update)
 
@@ -1405,14 +1406,17 @@ class Optimizer:
             updates["head"] = ("embed",)
         return updates
 
-    def expect_gradients(self, settings: Settings) -> None:
-        """Call before the last backward pass of a step: its gradients are final, so their sums can start."""
-        self._expected, self._missing = self._updates(settings), set(self.params)
+    def expect_gradients(self, settings: Settings, late: Iterable[str] = ()) -> None:
+        """Call before the last backward pass of a step: its gradients are final, so their sums can start.
+
+        late: parameters whose gradients come after it, before `step`. (Their hooks run all the same.)
+        """
+        self._expected, self._missing, self._late = self._updates(settings), set(self.params), set(late)
 
     def _gradient_arrived(self, arrived: str, _: Tensor) -> None:
         """Hook of the backward pass, where there are several ranks."""
-        if arrived not in self._missing:
-            return  # not the last backward pass
+        if arrived not in self._missing or arrived in self._late:
+            return  # not the last backward pass, or not the gradient
         self._missing.remove(arrived)
         for name, mirrors in self._expected.items():
             gradients = {name, *mirrors}
@@ -1851,7 +1855,7 @@ class Identities:
 
     def all(self) -> dict[str, str]:
         """Waits for those that are not known yet."""
-        found = {name: future.result() for name, future in self._found.items()}
+        found = {name: future.result() for name, future in list(self._found.items())}
         return dict(sorted((self.before | found).items()))
 
 
@@ -2526,16 +2530,6 @@ class Runtime:
         """Copy to the device without waiting (from pinned memory where the tensor is in it)."""
         return tensor.to(self.device, non_blocking=True)
 
-    def limit_waiting(self, row_seconds: float) -> None:
-        """End a run in which some rank does not come, from now on as soon as rows that take `row_seconds` allow.
-
-        Until now, while each compiles for as long as it takes, the limit is torch's own of 10 minutes (30 on a CPU).
-        """
-        if self.world_size > 1:
-            dist.barrier()
-            seconds = 45 if self.device.type == "cuda" else max(60.0, 20 * row_seconds)
-            dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=seconds))
-
     def synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
@@ -2589,7 +2583,8 @@ def report_error(error: Exception) -> None:
     print(f"error: {error}", file=sys.stderr, flush=True)
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         extra = {"py_callstack": str(error), "timestamp": str(int(time.time()))}
-        Path(path).write_text(json.dumps({"message": {"message": str(error), "extraInfo": extra}}))
+        with contextlib.suppress(OSError):
+            Path(path).write_text(json.dumps({"message": {"message": str(error), "extraInfo": extra}}))
 
 
 def choose_device(options: Options, local_rank: int) -> torch.device:
@@ -2663,8 +2658,10 @@ def cpu_name() -> str:
 class Clock:
     """Training time: runs only between start() and stop(), both of which wait for the device."""
 
-    def __init__(self, runtime: Runtime, elapsed: float = 0.0):
+    def __init__(self, runtime: Runtime, elapsed: float = 0.0, row_seconds: float = 60.0):
+        """row_seconds: what the slowest row of the warm-up took."""
         self.runtime, self.elapsed, self._began = runtime, elapsed, None
+        self._patience = 45.0 if runtime.device.type == "cuda" else max(60.0, 20 * row_seconds)
 
     def start(self) -> None:
         if self._began is not None:
@@ -2672,6 +2669,7 @@ class Clock:
         self.runtime.synchronize()
         if self.runtime.world_size > 1:
             dist.barrier()
+            self._limit_waiting(self._patience)
         self._began = time.perf_counter()
 
     def stop(self) -> None:
@@ -2679,6 +2677,14 @@ class Clock:
             return
         self.runtime.synchronize()
         self.elapsed, self._began = self.read(), None
+        if self.runtime.world_size > 1:
+            self._limit_waiting(30 * 60)  # files are written now, on disks that may be busy
+
+    def _limit_waiting(self, seconds: float) -> None:
+        """End the run where a collective waits for some rank for so long."""
+        # Of torch 2.14 on, and its name before.
+        set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
+        set_timeout(datetime.timedelta(seconds=seconds))
 
     def read(self) -> float:
         """Seconds so far, without waiting for the device: exact after stop(), else as far as the host has come."""
@@ -2897,7 +2903,7 @@ class Trainer:
         for row in rows:
             loss, nll = self.model(row, settings, weights, head8)
             if row is rows[-1]:
-                self.optimizer.expect_gradients(settings)
+                self.optimizer.expect_gradients(settings, late=self.model.table_sums)
             (loss / num_rows).backward()
             total += nll / settings.stage.tokens
         self.model.hand_over_table_gradients()
@@ -3088,17 +3094,19 @@ def train(track: Track, options: Options, runtime: Runtime) -> float:
             how += f", by {runtime.world_size} processes instead of {ranks}" if ranks != runtime.world_size else ""
             log.write(how + (f" with --force: {'; '.join(resumed.changed)}" if resumed.changed else ""))
             log.say(how)
+        row_seconds = 60.0
         if options.warmup:
             log.say("warming up (not timed)")
             with Interrupt(runtime, at_once=True):
-                runtime.limit_waiting(trainer.warm_up(stop, start))
+                row_seconds = trainer.warm_up(stop, start)
             if runtime.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
 
-        clock, graphs = Clock(runtime, resumed.progress.seconds if resumed else 0.0), compilations()
+        clock, graphs = Clock(runtime, resumed.progress.seconds if resumed else 0.0, row_seconds), compilations()
         val_loss = Loop(trainer, clock, log, saver, range(start, stop)).run()
         if runtime.compile:
             log.write(f"compilations after the clock started: {compilations() - graphs}")
+        log.write(f"inductor at the end: {json.dumps(inductor_options(), default=repr)}")
         conclude(trainer, log, options, clock.elapsed, val_loss, stop)
         saver.close(complete=stop == total_steps)
     return val_loss
@@ -3329,7 +3337,9 @@ def conclude(trainer: Trainer, log: RunLog, options: Options, seconds: float, va
         export(options.export, trainer.model, track, stop)
         log.say(f"exported to {options.export}: python evals/sample.py {options.export}")
     if runtime.rank == 0 and options.sample_tokens:
-        with contextlib.suppress(ImportError, OSError, KeyError):  # no tiktoken, no network for it, other tokens
+        with contextlib.suppress(
+            ImportError, OSError, KeyError, ValueError
+        ):  # no tiktoken, no network for it, other tokens
             log.say(f"sample:\n{text_sample(trainer.model, track, stop, options.sample_tokens, options.seed)}\n")
 
 
@@ -3370,15 +3380,17 @@ def text_sample(model: GPT, track: Track, step: int, num_tokens: int, seed: int)
         import tiktoken
 
         decode = tiktoken.get_encoding("gpt2").decode
-    generator = torch.Generator().manual_seed(seed)
-    row = make_row(np.full(num_tokens + 2, bos), np.array([0]), num_tokens + 1, pin=False).to(model.runtime)
-    for place in range(num_tokens):  # nothing sees the rest of the row before its turn
-        logits = model.logits(row, settings)[place, :vocab_size].double().cpu()
-        token = int(torch.multinomial(logits.softmax(-1), 1, generator=generator))
-        if token == bos:
+    generator, tokens = torch.Generator().manual_seed(seed), [bos]
+    while len(tokens) <= num_tokens:
+        length = 64 << (len(tokens) // 64).bit_length()  # of few lengths; nothing sees the rest of the row
+        padded = np.array(tokens + [bos] * (length + 1 - len(tokens)))
+        row = make_row(padded, np.array([0]), length, pin=False).to(model.runtime)
+        last = model.stream(row, settings)[len(tokens) - 1]
+        probabilities = softcapped(last @ model.head)[:vocab_size].double().softmax(0).cpu()
+        tokens.append(int(torch.multinomial(probabilities, 1, generator=generator)))
+        if tokens[-1] == bos:
             break
-        row.inputs[place + 1] = token
-    return decode([token for token in row.inputs.tolist() if token != bos])
+    return decode([token for token in tokens if token != bos])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -3402,6 +3414,14 @@ RANGES = (
 )
 
 
+MOVED = {
+    "--plan": "evals/plan.py",
+    "--scale": "evals/sibling.py",
+    "--eval": "evals/hellaswag.py",
+    "--schedule.val-every": "--val-every",
+}
+
+
 def check_ranges(values: dict[str, object]) -> None:
     """Raise SpeedrunError for a number, of those by option, that is not finite or out of its range."""
     ranges = {field: some for fields, *some in RANGES for field in fields.split()}
@@ -3422,6 +3442,9 @@ def parse_command(
     change: makes another track of the one named before its numbers are overridden.
     """
     name, rest = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("nano", argv)
+    for word in rest:
+        if instead := MOVED.get(word.split("=")[0]):
+            raise SpeedrunError(f"{word} is gone: see {instead}.")
     if name not in TRACKS:
         near = "".join(f" (did you mean {other}?)" for other in difflib.get_close_matches(name, TRACKS, 1))
         raise SpeedrunError(

@@ -90,7 +90,7 @@ def rebuild(kind: type, values: dict[str, object], prefix: str = "") -> object:
         elif dataclasses.is_dataclass(inner):
             count = len({k.removeprefix(f"{key}.").split(".")[0] for k in values if k.startswith(f"{key}.")})
             found[item.name] = tuple(rebuild(inner, values, f"{key}.{i}.") for i in range(count))
-        else:
+        elif key in values or item.default is dataclasses.MISSING:  # else it is younger than the export
             found[item.name] = as_tuple(values[key])
             simple = {float: (int, float)}.get(hint, hint)
             if simple in (int, bool, str, (int, float)) and not isinstance(found[item.name], simple):

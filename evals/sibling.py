@@ -13,7 +13,7 @@ from dataclasses import replace
 from fractions import Fraction
 
 import shared  # noqa: F401 - puts train_gpt.py on the path
-from train_gpt import ModelConfig, SpeedrunError, Track, main, run
+from train_gpt import ModelConfig, SpeedrunError, Track, launcher_ranks, main, run
 
 
 def factor(word: str) -> Fraction:
@@ -38,7 +38,7 @@ def own_parser(doc: str) -> argparse.ArgumentParser:
 
 def parse_own(argv: list[str], parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, list[str]]:
     """The command's own options, and the words that are left for train_gpt.py, whose help comes after the own one."""
-    if {"-h", "--help"} & set(argv):
+    if {"-h", "--help"} & set(argv) and launcher_ranks()[0] == 0:
         parser.print_help()
     return parser.parse_known_args(argv)
 

@@ -35,6 +35,7 @@ MAX_NAMES = 2  # of the logs that share an offence
 SAME_LOSS_P = 0.05  # two-sided; below it two sets of losses differ
 LAST_NOTE = re.compile(r"peak memory allocated: \d+ MiB reserved: \d+ MiB")
 COORDINATE_DESCENT = "coordinate_descent_tuning"
+AT_THE_END = "inductor at the end: "
 COMPILE_OPTION = re.compile(  # in a text
     r"\b_inductor\b|\binductor\.\w|TORCHINDUCTOR"
     r"|(?<!\bre)\.compile\s*[(,](?:[^()]|\([^()]*\)){0,400}?\b(?:mode|options|backend)\s*="
@@ -178,16 +179,18 @@ def clock(log: Log) -> Iterator[str]:
 def options(log: Log, track: str) -> Iterator[str]:
     """Nothing of inductor but its defaults, and of torch.compile only `dynamic` and `fullgraph`.
 
-    `medium` may tune by coordinate descent. Our logs say what was set when the run began; for those that do not, ours
-    of before and other programs', their source is searched as plain text: comments count, and aliases hide what they
-    stand for.
+    `medium` may tune by coordinate descent. Our logs say what was set at both ends of the run; for those that do not,
+    ours of before and other programs', their source is searched as plain text: comments count, and aliases hide what
+    they stand for.
     """
-    if (said := log.settings.get("inductor")) is not None:
-        try:
-            found = dict(json.loads(said))
-        except (ValueError, TypeError):
-            yield f"settings: inductor is {said[:120]!r}, expected its options as JSON"
-            return
+    if "inductor" in log.settings:
+        at_the_end = [note.removeprefix(AT_THE_END) for note in log.notes if note.startswith(AT_THE_END)]
+        found = {}
+        for said in (log.settings["inductor"], *at_the_end):
+            try:
+                found |= dict(json.loads(said))
+            except (ValueError, TypeError):
+                yield f"settings: inductor is {said[:120]!r}, expected its options as JSON"
         for name, value in found.items():
             if track != "medium" or name != COORDINATE_DESCENT:
                 yield f"settings: inductor has {name} = {value}"

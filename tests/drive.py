@@ -1,8 +1,10 @@
 """What test_distributed.py runs in every process: train tracks to their ends and write down what this rank has.
 
-torchrun ... tests/drive.py DATA_DIR OUT_DIR RUN.pt...        each a (track, dtype); makes OUT_DIR/RUN-RANK.pt
+torchrun ... tests/drive.py DATA_DIR OUT_DIR RUN.pt...        each a (track, dtype, whether it is compiled, by Dynamo
+and AOTAutograd alone); makes OUT_DIR/RUN-RANK.pt
 """
 
+import functools
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -30,9 +32,10 @@ def drive(track: Track, runtime: Runtime, data_dir: Path) -> dict:
 
 def main(data_dir: str, out: str, *runs: str) -> None:
     runtime = Runtime.create(Options(device="cpu"))
+    torch.compile = functools.partial(torch.compile, backend="aot_eager")
     for run in map(Path, runs):
-        track, dtype = torch.load(run, weights_only=False)
-        result = drive(track, replace(runtime, dtype=dtype), Path(data_dir))
+        track, dtype, compiled = torch.load(run, weights_only=False)
+        result = drive(track, replace(runtime, dtype=dtype, compile=compiled), Path(data_dir))
         torch.save(result, Path(out) / f"{run.stem}-{runtime.rank}.pt")
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -33,9 +33,8 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parents[1]
 sys.path[:1] = [str(REPO), str(REPO / "tests"), str(REPO / "evals")]
 LOSSES = Path(__file__).with_name("gpu_day_losses.json")
-BOUND = (
-    0.05  # nats per token, of each of the 60 losses: ten times what bfloat16 on a CPU takes, 0.0049 (--write-losses)
-)
+# Nats per token, of each of the 60 losses: ten times what bfloat16 takes on a CPU, 0.0049 (--write-losses).
+BOUND = 0.05
 LIMITS = {"small": 150, "sibling": 90, "step": 200, "tests": 200, "attention": 60, "profile": 60}  # seconds
 
 

@@ -81,6 +81,7 @@ def loss_and_gradients(runtime: Runtime) -> tuple[float, dict[str, torch.Tensor]
     weights = torch.tensor(settings.prediction_weights, device=runtime.device)
     loss, _ = model(small_row().to(runtime), settings, weights)
     loss.backward()
+    model.hand_over_table_gradients()
     return float(loss), {name: p.grad.double().cpu() for name, p in model.named_parameters()}
 
 

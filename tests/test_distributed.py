@@ -31,9 +31,10 @@ def driven(tmp_path_factory, tiny_data):
     @cache
     def launch(world_size: int) -> Path:
         out = tmp_path_factory.mktemp(f"world{world_size}")
-        runs = {run: (tiny_track(), getattr(torch, run)) for w, run in CASES if w == world_size}
+        runs = {run: (tiny_track(), getattr(torch, run), False) for w, run in CASES if w == world_size}
         if world_size == 2:
-            runs["head_not_sharded"] = (head_not_sharded(), torch.float64)
+            runs["head_not_sharded"] = (head_not_sharded(), torch.float64, False)
+            runs["compiled"] = (tiny_track(), torch.float64, True)
         for name, run in runs.items():
             torch.save(run, out / f"{name}.pt")
         files = [out / f"{name}.pt" for name in runs]
@@ -68,6 +69,14 @@ def test_all_ranks_hold_the_same_weights(driven, world_size, dtype):
     for other in others:
         for name, weight in first["weights"].items():
             assert torch.equal(weight, other["weights"][name]), name
+
+
+def test_compiled_ranks_take_the_same_steps(driven):
+    """Catches: a sum over the ranks of an embedding's gradient that starts before the gradient is there: the hook runs
+    in the backward pass all the same. Compiled, learning rates are float32."""
+    alone = driven(1, "float64")[0]
+    for rank in driven(2, "compiled"):
+        np.testing.assert_allclose(rank["losses"], alone["losses"], rtol=1e-6)
 
 
 @pytest.mark.parametrize("world_size", [2, 4, 8])

@@ -220,14 +220,14 @@ def test_options_arrive_unchanged(repo: FakeRepo):
         assert repo.train.arguments == [("nano", "small")[gpus > 0], *options]
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["nano", "--help"], ["small", "-h"], ["--seed", "1", "--help"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["nano", "--help"], ["small", "-h"], ["--seed", "1", "--help-all"]])
 def test_help_goes_straight_to_train_gpt(repo: FakeRepo, arguments: list[str]):
     repo.set_gpus(8)
     repo.run(*arguments)
     assert [(call.launcher, call.script, call.arguments) for call in repo.calls] == [([], "train_gpt.py", arguments)]
 
 
-@pytest.mark.parametrize("words", [["--plan"], ["--scale", "width=0.5"], ["--scale=width=0.5"]])
+@pytest.mark.parametrize("words", [["--plan"], ["--scale", "width=0.5"], ["--eval=hellaswag"]])
 def test_what_has_moved_is_named_before_data_is_fetched(repo: FakeRepo, words: list[str]):
     """Catches: 28 GB fetched for an option that is none any more."""
     _, err = repo.run("xl", *words, code=2)

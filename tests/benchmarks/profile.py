@@ -46,6 +46,7 @@ def main() -> None:
             with record_function("backward"):
                 loss.backward()
         with record_function("optimizer"):
+            model.hand_over_table_gradients()
             optimizer.step(settings)
         runtime.synchronize()
 

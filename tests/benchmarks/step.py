@@ -113,6 +113,7 @@ def time_steps(track: Track, options: argparse.Namespace, runtime: Runtime) -> l
             head8 = model.fp8_head()
             for row in rows:
                 (model(row, settings, weights, head8)[0] / track.data.rows_per_step).backward()
+            model.hand_over_table_gradients()
 
         began = time.perf_counter()
         train()
