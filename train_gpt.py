@@ -1328,6 +1328,9 @@ class Optimizer:
     last backward pass of the step gives it out, see `expect_gradients`; then `step` updates and gathers parameter by
     parameter, in the order of `self.order`, while the other sums and gathers are under way. A compiled backward pass
     gives out all gradients at its end, so that there no sum runs beside it.
+
+    While the embedding is tied to the head, its gradient is added to the head's, transposed (`_start_sum`), and after
+    the update it takes over the head's weights; at the step that unties them also the head's state (`step`).
     """
 
     def __init__(self, params: dict[str, nn.Parameter], config: OptimizerConfig, runtime: Runtime):
@@ -2658,10 +2661,14 @@ def cpu_name() -> str:
 class Clock:
     """Training time: runs only between start() and stop(), both of which wait for the device."""
 
-    def __init__(self, runtime: Runtime, elapsed: float = 0.0, row_seconds: float = 60.0):
-        """row_seconds: what the slowest row of the warm-up took."""
+    LONG = 600  # seconds that ranks wait for another that may compile, or write to a busy disk
+
+    def __init__(self, runtime: Runtime, elapsed: float = 0.0, row_seconds: float | None = None):
+        """row_seconds: what the slowest row of the warm-up took; None: there was none."""
         self.runtime, self.elapsed, self._began = runtime, elapsed, None
-        self._patience = 45.0 if runtime.device.type == "cuda" else max(60.0, 20 * row_seconds)
+        self._patience = 45 if runtime.device.type == "cuda" else max(60, 20 * (row_seconds or 0))
+        if row_seconds is None:
+            self._patience = self.LONG
 
     def start(self) -> None:
         if self._began is not None:
@@ -2678,7 +2685,7 @@ class Clock:
         self.runtime.synchronize()
         self.elapsed, self._began = self.read(), None
         if self.runtime.world_size > 1:
-            self._limit_waiting(30 * 60)  # files are written now, on disks that may be busy
+            self._limit_waiting(self.LONG)
 
     def _limit_waiting(self, seconds: float) -> None:
         """End the run where a collective waits for some rank for so long."""
@@ -2902,11 +2909,11 @@ class Trainer:
         rows, head8 = self.loader.next(step), self.model.fp8_head()
         for row in rows:
             loss, nll = self.model(row, settings, weights, head8)
-            if row is rows[-1]:
+            if row is rows[-1]:  # before its backward pass, whose hooks start the sums over the ranks
                 self.optimizer.expect_gradients(settings, late=self.model.table_sums)
             (loss / num_rows).backward()
             total += nll / settings.stage.tokens
-        self.model.hand_over_table_gradients()
+        self.model.hand_over_table_gradients()  # the late ones: before `step`, which sums them
         self.optimizer.step(settings)
         return total
 
@@ -3094,7 +3101,7 @@ def train(track: Track, options: Options, runtime: Runtime) -> float:
             how += f", by {runtime.world_size} processes instead of {ranks}" if ranks != runtime.world_size else ""
             log.write(how + (f" with --force: {'; '.join(resumed.changed)}" if resumed.changed else ""))
             log.say(how)
-        row_seconds = 60.0
+        row_seconds = None
         if options.warmup:
             log.say("warming up (not timed)")
             with Interrupt(runtime, at_once=True):

@@ -696,7 +696,7 @@ def test_a_lost_rank_ends_all_and_is_named(tmp_path, how, count):
         out, rank = tmp_path / str(i), rng.randrange(2)
         env = {k: v for k, v in os.environ.items() if k not in LAUNCHER_VARIABLES}
         env |= {"OMP_NUM_THREADS": "1", "NPROC": "2", "PYTHON": sys.executable, "MARK": str(out)}
-        options = words(data, out, "--schedule.scheduled-steps", "3000", "--save-every", "20")
+        options = words(data, out, "--schedule.scheduled-steps", "3000", "--save-every", "100")
         out.mkdir()
         with open(out / "said.txt", "w") as said:
             process = subprocess.Popen([REPO / "run.sh", "nano", *options], stdout=said, stderr=said, env=env)
