@@ -301,6 +301,10 @@ class Schedule:
         ends = [self.scheduled_steps * i // len(self.stages) for i in range(len(self.stages) + 1)] + [self.total_steps]
         return list(zip((*self.stages, self.extension), map(range, ends, ends[1:]), strict=True))
 
+    def tokens_before(self, step: int) -> int:
+        """Tokens that the steps before this one train on."""
+        return sum(stage.tokens * len(range(steps.start, min(steps.stop, step))) for stage, steps in self.parts())
+
     def lr_at(self, step: int, stage: Stage) -> float:
         """What multiplies the learning rates."""
         if stage is self.extension:
@@ -2043,8 +2047,8 @@ def adapted(track: Track, data_dir: Path) -> Track:
 
 def require_tokens(track: Track, data_dir: Path, stop: int) -> None:
     """Raise SpeedrunError where the training shards have, by their headers, too few tokens for `stop` steps."""
-    taken = lambda stage: stage.tokens + track.data.rows_per_step  # the last target of a row is one token more
-    need = sum(len(range(steps.start, min(steps.stop, stop))) * taken(stage) for stage, steps in track.schedule.parts())
+    # The last target of a row is one token more.
+    need = track.schedule.tokens_before(stop) + stop * track.data.rows_per_step
     paths = find_shards(data_dir, "train", track.data)
     have = sum(read_shard_header(path) for path in paths)
     if have * track.data.epochs < need:
@@ -2563,11 +2567,11 @@ class Runtime:
             lines.append(
                 f"CPU: {cpu_name()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
             )
-        return "\n".join([*lines, f"inductor: {json.dumps(inductor_options(), default=repr)}"])
+        return "\n".join([*lines, f"inductor: {inductor_options()}"])
 
 
-def inductor_options() -> dict[str, object]:
-    """What of inductor is not as by default ("torch.compile: NAME": given there); records/check.py judges by it."""
+def inductor_options() -> str:
+    """What of inductor is not as by default ("torch.compile: NAME": given there), as JSON, for records/check.py."""
     found = {k: v for k, v in os.environ.items() if k.startswith("TORCHINDUCTOR_") and k != "TORCHINDUCTOR_CACHE_DIR"}
     if "torch._inductor.config" in sys.modules:
         config = torch._inductor.config
@@ -2578,7 +2582,7 @@ def inductor_options() -> dict[str, object]:
             name = getattr(backend, "compiler_name", repr(backend))
             given = backend.config if name == "inductor" else {"backend": name}
             found |= {f"torch.compile: {k}": v for k, v in given.items()}
-    return found
+    return json.dumps(found, default=repr)
 
 
 def report_error(error: Exception) -> None:
@@ -3113,7 +3117,7 @@ def train(track: Track, options: Options, runtime: Runtime) -> float:
         val_loss = Loop(trainer, clock, log, saver, range(start, stop)).run()
         if runtime.compile:
             log.write(f"compilations after the clock started: {compilations() - graphs}")
-        log.write(f"inductor at the end: {json.dumps(inductor_options(), default=repr)}")
+        log.write(f"inductor at the end: {inductor_options()}")
         conclude(trainer, log, options, clock.elapsed, val_loss, stop)
         saver.close(complete=stop == total_steps)
     return val_loss
@@ -3133,7 +3137,7 @@ class Loop:
     def run(self) -> float:
         """Returns the last validation loss."""
         trainer, runtime = self.trainer, self.trainer.runtime
-        self.tokens_seen = sum(trainer.track.at(step).stage.tokens for step in range(self.steps.start))
+        self.tokens_seen = trainer.track.schedule.tokens_before(self.steps.start)
         self.compilations = compilations()
         bar = tqdm(total=self.steps.stop, initial=self.steps.start, unit="step", disable=runtime.rank > 0 or None)
         with Interrupt(runtime) as self.interrupt, bar as self.bar:
@@ -3344,9 +3348,8 @@ def conclude(trainer: Trainer, log: RunLog, options: Options, seconds: float, va
         export(options.export, trainer.model, track, stop)
         log.say(f"exported to {options.export}: python evals/sample.py {options.export}")
     if runtime.rank == 0 and options.sample_tokens:
-        with contextlib.suppress(
-            ImportError, OSError, KeyError, ValueError
-        ):  # no tiktoken, no network for it, other tokens
+        # No tiktoken, no network for it, other tokens.
+        with contextlib.suppress(ImportError, OSError, KeyError, ValueError):
             log.say(f"sample:\n{text_sample(trainer.model, track, stop, options.sample_tokens, options.seed)}\n")
 
 
