@@ -75,9 +75,48 @@ class SpeedrunError(Exception):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+class Output(NamedTuple):
+    """A coefficient of the layout, which `GPT.hidden` asks for by role and layer."""
+
+    role: str
+    layer: int
+    initial: float
+    width: int = 1
+    """1, or a number per head, or per half of the heads."""
+    source: str = ""
+    """The stream that it weighs, where its role is to add one."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """What computes coefficients: for each token scale * (W2 gelu(W1 x) + b), or b alone, the same for all tokens."""
+
+    name: str
+    outputs: tuple[Output, ...]
+    reads: str | None = None
+    """The stream x, not normed; None: b alone."""
+    scale: float | None = 1.0
+    """None: learned, one number for all such networks."""
+
+
+class Layer(NamedTuple):
+    """One layer of the layout, as GPT reads it."""
+
+    attention: int | None  # slot in the banks of attention
+    paired: bool
+    long: bool
+    table: int | None  # of value embeddings
+    value_gate: int | None  # slot of the gate of that table, where no network computes it
+    late: bool  # attention reads the output of the layer `late_input`
+
+
 @dataclass(frozen=True)
 class ModelConfig:
-    """Layout of the network. Layers count from 0; entries that name a layer beyond num_layers are ignored."""
+    """Layout of the network. Layers count from 0; entries that name a layer beyond num_layers are ignored.
+
+    Streams have names: x0, the normed embedding; ngram, that of n-grams; first and last, what the first and the last
+    layer are given; outI, the output of layer I; valueI, its value embedding.
+    """
 
     vocab_size: int
     """Number of tokens; the embedding and the head are padded to a multiple of vocab_multiple."""
@@ -87,40 +126,64 @@ class ModelConfig:
     """Attention heads of a layer."""
     head_dim: int
     """Width of one head, a multiple of 4. The model is num_heads * head_dim wide."""
-    without_attention: tuple[int, ...]
+    without_attention: tuple[int, ...] = ()
     """Layers that have only an MLP."""
-    paired_layers: tuple[int, ...]
+    paired_layers: tuple[int, ...] = ()
     """Layers in which head h and head h + H/2 attend as one sequence of twice the length."""
-    long_layers: tuple[int, ...]
+    long_layers: tuple[int, ...] = ()
     """Layers with the long attention window and the partial key offset; the others have the short window."""
-    value_embeds: tuple[tuple[int, int], ...]
-    """Pairs (layer, table): the layer adds that table's embedding of the token to its values."""
-    skips: tuple[tuple[int, int], ...]
-    """Pairs (from, to): the output of layer `from` is added, gated, to the input of layer `to`."""
-    backout_layer: int
-    """The output of this layer is subtracted, scaled, before the head."""
-    smear: bool = True
-    """Add, gated, the embedding of the token before to each embedding."""
-    attention_gates: bool = True
-    """Multiply the output of each head by a gate."""
     key_offset: bool = True
     """In layers with the long window, half of each key comes from the token before."""
-    second_embed: tuple[int, ...] = ()
-    """Mix a second embedding into every layer, beside x0: the sum, over these n, of that of the last n tokens."""
-    second_embed_rows: int = 1 << 16
-    """Rows of its table, which n-grams are hashed into; a token alone keeps its number."""
-    second_embed_lambda: float = 0.0
-    """Its initial weight in each layer."""
+    gated_layers: tuple[int, ...] = ()
+    """Layers that multiply each head by a gate."""
+    xsa_layers: tuple[int, ...] = ()
+    """Layers that take from each head some of its part along the token's own value (arXiv:2603.09078)."""
+    dc_layers: tuple[int, ...] = ()
+    """Layers that add to each head a composition of all heads' attention over the last dc_window tokens."""
+    dc_window: int = 112
+    """The token itself included."""
+    value_layers: tuple[int, ...] = ()
+    """Layers that add, gated, an embedding of the token to their values, each of a table of its own."""
+    value_std: float = 0.01
+    """Standard deviation of these tables at the start."""
+    skips: tuple[tuple[int, int], ...] = ()
+    """Pairs (from, to): the output of layer `from` is added, gated, to the input of layer `to`."""
+    late_input: int | None = None
+    """Attention of all later layers reads the output of this one."""
+    gate_networks: bool = True
+    """Networks compute gates and weights for each token, from x0; else they are learned numbers."""
+    second_gates: int | None = None
+    """From this layer on, from what this layer is given."""
+    network_width: int = 64
+    """Hidden width of these networks."""
+    mix_in: tuple[str, ...] = ()
+    """Streams that a network mixes into the last layer's values and input; it has all weights of that layer then."""
+    mix_out: tuple[tuple[str, float], ...] = ()
+    """Streams that a network mixes into the output of the last layer, each with its weight at the start."""
+    smear: bool = True
+    """Add, gated, the embedding of the token before to each embedding."""
+    ngrams: tuple[int, ...] = ()
+    """The stream ngram is the sum, over these n, of an embedding of the last n tokens."""
+    ngram_rows: int = 1 << 16
+    """Rows of their table, which they are hashed into."""
+    ngram_signs: int = 0
+    """Rows of a table of random signs that multiply these embeddings; 0: none."""
+    ngram_norm: bool = False
+    """Norm the sum."""
+    ngram_std: float = 0.0
+    """Standard deviation of the table at the start."""
+    ngram_weight: float = 0.05
+    """Weight of the stream ngram in each layer, at the start."""
     gate_dim: int = 12
-    """How many leading dims of the stream all gates read."""
+    """How many dims the gates of the smear and of value embeddings read, an even number."""
     mlp_ratio: int = 4
     """Hidden width of the MLP in multiples of the width."""
     vocab_multiple: int = 128
     """The vocabulary is padded to a multiple of this."""
-    resid_lambda: float = 1.1
-    """Initial weight of the residual stream at the entry of each layer."""
     equal_qk_init: bool = False
     """Start with Wk equal to Wq in every layer: each position attends first to those that are like it."""
+    qk_heads: int = 2
+    """Adjacent heads whose part of Wq or Wk is one matrix to the optimizer."""
 
     @property
     def width(self) -> int:
@@ -131,51 +194,129 @@ class ModelConfig:
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
     @property
+    def attention_layers(self) -> list[int]:
+        return [i for i in range(self.num_layers) if i not in self.without_attention]
+
+    @property
     def layers(self) -> tuple[Layer, ...]:
-        """The layout, layer by layer, with the slot of each in the banks."""
-        attention = [i for i in range(self.num_layers) if i not in self.without_attention]
-        gates = [layer for layer, _ in self.value_embeds if layer in attention]
-        tables = dict(self.value_embeds)
-        skips = [(source, target) for source, target in self.skips if target < self.num_layers]
-        read_later = {self.backout_layer, *(source for source, _ in skips)}
+        """The layout, layer by layer."""
+        attention = self.attention_layers
+        tables = [i for i in self.value_layers if i in attention]
+        gated = [i for i in tables if i != self.mixing_layer]
+        slot = lambda layers, i: layers.index(i) if i in layers else None
         return tuple(
             Layer(
-                attention=attention.index(i) if i in attention else None,
+                attention=slot(attention, i),
                 paired=i in self.paired_layers,
                 long=i in self.long_layers,
-                value=(gates.index(i), tables[i]) if i in gates else None,
-                skips=tuple((slot, source) for slot, (source, target) in enumerate(skips) if target == i),
-                kept=i in read_later,
+                table=slot(tables, i),
+                value_gate=slot(gated, i),
+                late=self.late_input is not None and i > self.late_input,
             )
             for i in range(self.num_layers)
         )
 
+    @property
+    def mixing_layer(self) -> int | None:
+        """The last layer, where a network of its own computes its weights."""
+        last = self.num_layers - 1
+        return last if self.mix_in and last > 0 and last in self.attention_layers else None
+
+    @property
+    def networks(self) -> tuple[Network, ...]:
+        """All coefficients of the layout, by the network that computes them."""
+        last, mixing, heads = self.num_layers - 1, self.mixing_layer, self.num_heads
+        attention = self.attention_layers
+        usual = [i for i in attention if i != mixing]
+
+        gates = [Output("xsa", i, 0.0, heads) for i in self.xsa_layers if i in attention]
+        gates += [Output("gate", i, 0.25, heads) for i in self.gated_layers if i in attention]
+        for i in usual:
+            gates.append(Output("attention", i, 0.0, source="x0"))
+            # The first layer's attention sees them as well.
+            gates.append(Output("attention" if i else "input", i, self.ngram_weight, source="ngram"))
+        gates += [Output("skip", target, 0.5, source=f"out{i}") for i, target in self.skips if target <= last]
+        for i in self.dc_layers:
+            gates += [Output("dc_in", i, 1.0, heads), Output("dc_out", i, 0.0, heads)] if i in attention else []
+        split = last + 1 if self.second_gates is None else self.second_gates
+        pre, post = [o for o in gates if o.layer < split], [o for o in gates if o.layer >= split]
+
+        resid, branch = math.sqrt(1.1), 1.0  # of the residual stream, and of what attention or MLP adds to it
+        mixed_in = [Output("values", last, 0.0, source=source) for source in self.mix_in]
+        mixed_in += [Output("input", last, 0.0, source=source) for source in self.mix_in]
+        mixed_in += [Output("value_gate", last, 2.0, 2)] if last in self.value_layers else []
+        mixed_in += [Output("resid_attention", last, resid), Output("attention_branch", last, branch)]
+        mixed_in.append(Output("attention", last, 0.0, source="first"))
+        mixed_in.append(Output("attention", last, self.ngram_weight, source="ngram"))
+        mixed_in += [Output("resid_mlp", last, resid), Output("mlp_branch", last, branch)]
+        mixed_out = [Output("end", last, weight, source=source) for source, weight in self.mix_out]
+
+        mlps = [i for i in range(self.num_layers) if i != mixing]
+        resids = [Output("resid_attention", i, resid) for i in usual] + [Output("resid_mlp", i, resid) for i in mlps]
+        branches = [Output("attention_branch", i, branch) for i in usual]
+        branches += [Output("mlp_branch", i, branch) for i in mlps]
+        networks = [
+            Network("pre", pre, "x0", scale=None) if self.gate_networks else Network("gates", gates),
+            Network("post", post if self.gate_networks else [], f"out{split - 1}", scale=None),
+            Network("mudd_in", [] if mixing is None else mixed_in, "last", scale=0.1),
+            Network("mudd_out", mixed_out, f"out{last}", scale=0.1),
+            Network("resid", resids),
+            Network("branch", branches),
+        ]
+        there = {"", "x0", "first", *(f"out{i}" for i in range(last)), *(f"value{i}" for i in self.value_layers)}
+        there |= {"last"} if last else set()
+        there |= {"ngram"} if self.ngrams else set()
+        networks = [replace(n, outputs=tuple(o for o in n.outputs if o.source in there)) for n in networks]
+        return tuple(network for network in networks if network.outputs)
+
     def refuse_impossible(self) -> None:
         """Raise SpeedrunError where the numbers make no network."""
         paired = any(i < self.num_layers for i in self.paired_layers)
-        if self.num_layers < 1 or self.head_dim % 4 or (paired and self.num_heads % 2):
+        if (
+            self.num_layers < 1
+            or self.head_dim % 4
+            or self.num_heads % self.qk_heads
+            or (paired and self.num_heads % 2)
+        ):
             raise SpeedrunError(
                 f"model: num_layers {self.num_layers} must be positive, head_dim {self.head_dim} a multiple of 4, and "
-                f"num_heads {self.num_heads} even when there are paired layers."
+                f"num_heads {self.num_heads} a multiple of qk_heads {self.qk_heads} and, in pairs, even."
             )
         if any(source >= target for source, target in self.skips):
             raise SpeedrunError(f"model.skips {self.skips}: a skip must lead to a later layer.")
-        if len(dict(self.value_embeds)) < len(self.value_embeds):
-            raise SpeedrunError(f"model.value_embeds {self.value_embeds}: a layer can have one table only.")
-        if self.gate_dim > self.width:
-            raise SpeedrunError(f"model.gate_dim {self.gate_dim} is larger than the width {self.width}.")
+        if set(self.dc_layers) & set(self.paired_layers):
+            raise SpeedrunError(f"model.dc_layers {self.dc_layers}: heads in pairs cannot be composed.")
+        if self.gate_dim > self.width or self.gate_dim % 2:
+            raise SpeedrunError(
+                f"model.gate_dim {self.gate_dim}: expected an even number up to the width {self.width}."
+            )
+        for stream in (*self.mix_in, *(name for name, _ in self.mix_out)):
+            if not re.fullmatch(r"x0|ngram|first|last|(out|value)\d+", stream):
+                raise SpeedrunError(
+                    f"model: unknown stream {stream!r}: expected x0, ngram, first, last, outI or valueI."
+                )
+
+    def stretched(self, num_layers: int) -> ModelConfig:
+        """The same layout of another depth: each layer with a role keeps its place in proportion."""
+        place = lambda i: round(i * (num_layers - 1) / max(self.num_layers - 1, 1)) if i < self.num_layers else i
+        places = lambda layers: tuple(dict.fromkeys(map(place, layers)))
+        stream = lambda name: re.sub(r"(?<=out|lue)\d+", lambda number: str(place(int(number[0]))), name)
+        skips = dict.fromkeys((place(a), place(b)) for a, b in self.skips)
+        return replace(
+            self,
+            num_layers=num_layers,
+            **{name: places(getattr(self, name)) for name in LAYER_LISTS},
+            skips=tuple((a, b) for a, b in skips if a < b),
+            late_input=None if self.late_input is None else place(self.late_input),
+            second_gates=None if self.second_gates is None else place(self.second_gates),
+            mix_in=tuple(dict.fromkeys(map(stream, self.mix_in))),
+            mix_out=tuple({stream(name): (stream(name), weight) for name, weight in self.mix_out}.values()),
+        )
 
 
-@dataclass(frozen=True)
-class Layer:
-    """One layer of the layout, as GPT reads it."""
-
-    attention: int | None  # slot in the attention bank
-    paired: bool
-    long: bool
-    value: tuple[int, int] | None  # (slot of its gate, value-embedding table)
-    skips: tuple[tuple[int, int], ...]  # (slot of the gate, layer whose output comes in)
-    kept: bool  # a later layer or the backout reads its output
+LAYER_LISTS = (
+    *("without_attention", "paired_layers", "long_layers", "gated_layers", "xsa_layers", "dc_layers", "value_layers"),
+)
 
 
 @dataclass(frozen=True)
@@ -197,32 +338,41 @@ class Rule:
 
 
 LAMBDA = Rule("adam", sharded=False, lr_mul=(5.0,), wd_mul=0.0)
-MIX = replace(LAMBDA, betas=(0.65, 0.95))
 TABLE = Rule("adam", sharded=True, lr_mul=(75.0,), wd_mul=5.0, betas=(0.75, 0.95))
 HEAD = Rule("adam", sharded=True, wd_mul=150.0, betas=(0.5, 0.95))
+NETWORK = Rule("adam", sharded=False, lr_mul=(0.1,))
 
 
 @dataclass(frozen=True)
 class Rules:
-    """The table of the optimizer: a rule per parameter."""
+    """The table of the optimizer: a rule per parameter, or per network of the layout, whose biases do not decay."""
 
-    attn_bank: Rule = Rule("normuon", sharded=True)
+    qk_bank: Rule = Rule("normuon", sharded=True)
+    vo_bank: Rule = Rule("normuon", sharded=True)
     mlp_bank: Rule = Rule("normuon", sharded=True, lr_mul=(1.0, 2.0))
-    resid_lambda: Rule = LAMBDA
     sa_lambda: Rule = LAMBDA
-    x0_lambda: Rule = MIX
-    x02_lambda: Rule = MIX
     smear_lambda: Rule = LAMBDA
     skip_lambda: Rule = LAMBDA
-    backout_lambda: Rule = LAMBDA
     smear_gate: Rule = Rule("adam", sharded=False, lr_mul=(0.01,), wd_mul=0.0)
-    skip_gate: Rule = Rule("adam", sharded=False, lr_mul=(0.05,), wd_mul=0.0)
-    attn_gates: Rule = Rule("adam", sharded=False)
     value_gates: Rule = Rule("adam", sharded=False)
+    gate_scale: Rule = replace(NETWORK, wd_mul=0.0)
+    pre: Rule = NETWORK
+    post: Rule = NETWORK
+    gates: Rule = replace(LAMBDA, betas=(0.65, 0.95))
+    mudd_in: Rule = replace(NETWORK, lr_mul=(0.25,))
+    mudd_out: Rule = replace(NETWORK, lr_mul=(0.25,))
+    resid: Rule = replace(LAMBDA, betas=(0.9, 0.95))
+    branch: Rule = replace(LAMBDA, lr_mul=(1.0,), betas=(0.9, 0.95))
     value_embeds: Rule = TABLE
-    embed2: Rule = TABLE
+    ngram_embed: Rule = TABLE
     head: Rule = HEAD
     embed: Rule = HEAD
+
+    def of(self, parameter: str) -> Rule | None:
+        """The rule of a parameter; None: there is none."""
+        name, _, part = parameter.partition(".")
+        rule = getattr(self, name, None)
+        return replace(rule, wd_mul=0.0) if rule and part == "bias" else rule
 
 
 @dataclass(frozen=True)
@@ -235,7 +385,7 @@ class OptimizerConfig:
     """Learning rate of NorMuon, before the schedule's factor and lr_mul."""
     muon_decay: float = 1.2
     """Cautious weight decay of NorMuon."""
-    muon_beta2: float = 0.95
+    muon_beta2: float = 0.9
     """Of the running mean square by which NorMuon divides the rows of an orthogonalized update."""
     polar_express_rounds: Literal[1, 2, 3, 4, 5] = 5
     """Rounds of the orthogonalization."""
@@ -258,6 +408,8 @@ class Stage:
     """Weight of the prediction of token t+1, t+2, ...: its value at the start and at the end of the stage."""
     max_doc_len: int = 2048
     """Tokens taken from one document."""
+    prefix_weight: tuple[float, float] = (0.0, 0.0)
+    """Weight of the prediction of the longest other token that the next one begins with, likewise."""
 
 
 @dataclass(frozen=True)
@@ -276,9 +428,9 @@ class Schedule:
     """YaRN follows the growth of the long window only up to here."""
     attn_scale: float = 0.1
     """Scale of the attention scores in the first stage."""
-    cooldown: float = 0.5
+    cooldown: float = 0.6
     """Last part of the scheduled steps, in which the learning rate falls linearly to final_lr."""
-    final_lr: float = 0.1
+    final_lr: float = 0.15
     """Learning-rate factor at the end of the cooldown."""
     momentum: tuple[float, float] = (0.85, 0.95)
     """Muon's momentum at both ends of the run, and between."""
@@ -294,11 +446,12 @@ class Schedule:
     @property
     def untie_step(self) -> int:
         """Odd, because Adam steps on odd steps."""
-        return math.ceil(self.untie * self.scheduled_steps) | 1
+        return round(self.untie * self.scheduled_steps) | 1
 
     def parts(self) -> list[tuple[Stage, range]]:
         """The stages and the extension, each with its steps."""
-        ends = [self.scheduled_steps * i // len(self.stages) for i in range(len(self.stages) + 1)] + [self.total_steps]
+        count = len(self.stages)
+        ends = [*(round(self.scheduled_steps * i / count) for i in range(count + 1)), self.total_steps]
         return list(zip((*self.stages, self.extension), map(range, ends, ends[1:]), strict=True))
 
     def tokens_before(self, step: int) -> int:
@@ -360,6 +513,7 @@ class Settings:
     lr: float  # multiplies the learning rates of both rules
     momentum: float  # NorMuon's
     prediction_weights: tuple[float, ...]
+    prefix_weight: float
     tied: bool  # the embedding mirrors the head
     unties: bool  # at the end of this step the embedding takes over the head's optimizer state
 
@@ -382,6 +536,8 @@ class Track:
     optimizer: OptimizerConfig
     val_every: int = 250
     """Steps between validations; 0: only at the end."""
+    prefix_loss: bool = True
+    """Predict prefixes of tokens as well, where the stages say so; takes tokens.bin, which is beside the shards."""
     coordinate_descent_tuning: bool = False
     """Let inductor tune its kernels by coordinate descent, which takes long; the rules allow it on `medium` alone."""
 
@@ -390,6 +546,7 @@ class Track:
         schedule = self.schedule
         stage, steps = [part for part in schedule.parts() if part[1].start <= step][-1]
         done = (step - steps.start) / max(len(steps), 1)
+        prefix0, prefix1 = stage.prefix_weight if self.prefix_loss else (0.0, 0.0)
         frequencies, attn_scale = schedule.rotary_at(step, self.model.head_dim)
         return Settings(
             step=step,
@@ -400,6 +557,7 @@ class Track:
             lr=schedule.lr_at(step, stage),
             momentum=schedule.momentum_at(step),
             prediction_weights=tuple(w0 + (w1 - w0) * done for w0, w1 in stage.prediction_weights),
+            prefix_weight=prefix0 + (prefix1 - prefix0) * done,
             tied=step <= schedule.untie_step,
             unties=step == schedule.untie_step,
         )
@@ -444,9 +602,18 @@ SMALL = Track(
         without_attention=(6,),
         paired_layers=(0, 2, 5, 9),
         long_layers=(3, 10),
-        value_embeds=((0, 1), (1, 2), (8, 0), (9, 1), (10, 2)),
+        gated_layers=(3, 10),
+        xsa_layers=(1, 3, 4, 7),
+        dc_layers=(10,),
+        value_layers=(1, 2, 8, 9, 10),
         skips=((3, 6),),
-        backout_layer=7,
+        late_input=7,
+        second_gates=4,
+        mix_in=("first", "out7", "last"),
+        mix_out=(("first", 0.0), ("out7", -0.5), ("last", 0.0), ("value1", 0.0), ("out3", 0.0)),  # -0.5: the backout
+        ngrams=(2,),
+        ngram_rows=377_280,
+        ngram_signs=8192,
     ),
     data=DataConfig(
         dataset="fineweb10B",
@@ -457,58 +624,29 @@ SMALL = Track(
         val_row_tokens=262_144,
     ),
     schedule=Schedule(
-        scheduled_steps=1725,
-        extension_steps=40,
+        scheduled_steps=1270,
+        extension_steps=15,
         stages=(
-            Stage(8 * 16384, (1 * 128, 3 * 128), 1.0, ((1.0, 1.0), (0.5, 0.5), (0.25, 0.0))),
-            Stage(16 * 16384, (3 * 128, 7 * 128), 1.52, ((1.0, 1.0), (0.5, 0.0))),
+            Stage(8 * 16384, (128, 3 * 128), 1.0, ((1.0, 1.0), (0.5, 0.5), (0.25, 0.0)), 896, (0.25, 0.25)),
+            Stage(16 * 16384, (3 * 128, 7 * 128), 1.52, ((1.0, 1.0), (0.5, 0.0)), prefix_weight=(0.25, 0.0)),
             Stage(24 * 16384, (5 * 128, 11 * 128), 1.73, ((1.0, 1.0),)),
         ),
-        extension=Stage(24 * 16384, (6 * 128, 13 * 128), 0.1, ((1.0, 1.0),)),
+        extension=Stage(24 * 16384, (6 * 128, 13 * 128), 0.15, ((1.0, 1.0),)),
         final_long_window=20 * 128,
     ),
     optimizer=OptimizerConfig(),
 )
 
-# The length and width of GPT-2 medium. lr_mul is of its adam_lr, half of `small`'s.
-MEDIUM_ADAM = {"betas": (0.8, 0.95), "eps": 1e-8}
-MEDIUM_LAMBDA, MEDIUM_MIX = replace(LAMBDA, lr_mul=(10.0,)), replace(MIX, **MEDIUM_ADAM)
-MEDIUM_GATE = Rule("adam", sharded=False, lr_mul=(0.1,))
-MEDIUM_RULES = Rules(
-    resid_lambda=MEDIUM_LAMBDA,
-    sa_lambda=MEDIUM_LAMBDA,
-    x0_lambda=MEDIUM_MIX,
-    x02_lambda=MEDIUM_MIX,
-    smear_lambda=MEDIUM_LAMBDA,
-    skip_lambda=MEDIUM_LAMBDA,
-    backout_lambda=MEDIUM_LAMBDA,
-    smear_gate=replace(MEDIUM_GATE, wd_mul=0.0),
-    skip_gate=replace(MEDIUM_GATE, wd_mul=0.0),
-    attn_gates=MEDIUM_GATE,
-    value_gates=MEDIUM_GATE,
-    value_embeds=replace(TABLE, **MEDIUM_ADAM),
-    embed2=replace(TABLE, **MEDIUM_ADAM),
-    head=replace(HEAD, **MEDIUM_ADAM),
-    embed=replace(HEAD, **MEDIUM_ADAM),
-)
+# The length and width of GPT-2 medium. In neither this layout nor the next has anyone trained yet.
 MEDIUM = Track(
     name="medium",
     target_loss=2.92,
-    model=ModelConfig(
-        vocab_size=50257,
-        num_layers=16,
+    model=replace(
+        SMALL.model.stretched(16),
         num_heads=8,
-        head_dim=128,
-        without_attention=(),
-        paired_layers=(),
-        long_layers=(0, 4, 11, 15),
-        value_embeds=tuple((layer, layer % 11) for layer in (0, 1, 2, 3, 4, 11, 12, 13, 14, 15)),
-        skips=((6, 9), (4, 10), (2, 11)),
-        backout_layer=11,
-        second_embed=(1,),
-        second_embed_rows=50304,
-        gate_dim=16,
-        resid_lambda=1.05,
+        long_layers=(4, 10, 15),
+        gated_layers=(4, 10, 15),
+        ngram_rows=201_216,
     ),
     data=replace(SMALL.data, fetch="python data/cached_fineweb10B.py 30"),
     schedule=Schedule(
@@ -522,6 +660,7 @@ MEDIUM = Track(
                 # Those of `small`, whose three stages are the first quarter here.
                 prediction_weights=SMALL.schedule.stages[min(i, 2)].prediction_weights,
                 max_doc_len=4096,
+                prefix_weight=SMALL.schedule.stages[min(i, 2)].prefix_weight,
             )
             for i, long in enumerate((3, 7, 11, 13, 15, 17, 19, 21, 23, 23, 23, 23))
         ),
@@ -529,26 +668,23 @@ MEDIUM = Track(
         final_long_window=27 * 128,
         yarn_max_window=13 * 128,
         cooldown=0.7,
+        final_lr=0.1,
         untie=1 / 6,
     ),
     coordinate_descent_tuning=True,
-    optimizer=OptimizerConfig(adam_lr=0.004, muon_lr=0.015, rules=MEDIUM_RULES),
+    optimizer=OptimizerConfig(adam_lr=0.004, muon_lr=0.015),
 )
 
-# `small` at the depth and width of GPT-2 XL, its layout stretched, its batch larger; learning rates of `medium`.
+# The depth and width of GPT-2 XL, with larger batches.
 XL = Track(
     name="xl",
     target_loss=2.77,
     model=replace(
-        SMALL.model,
-        num_layers=52,
+        SMALL.model.stretched(52),
         num_heads=12,
-        without_attention=(28,),
-        paired_layers=(0, 9, 24, 43),
-        long_layers=(14, 47, 51),
-        value_embeds=((0, 1), (1, 2), (49, 0), (50, 1), (51, 2)),
-        skips=((14, 28),),
-        backout_layer=33,
+        long_layers=(15, 33, 51),
+        gated_layers=(15, 33, 51),
+        ngram_rows=201_216,
     ),
     data=replace(
         SMALL.data,
@@ -560,6 +696,7 @@ XL = Track(
     schedule=replace(
         SMALL.schedule,
         scheduled_steps=20_304,
+        extension_steps=40,
         stages=tuple(
             replace(stage, tokens=245_760 * (i + 1), max_doc_len=4096) for i, stage in enumerate(SMALL.schedule.stages)
         ),
@@ -579,15 +716,17 @@ NANO = Track(
         num_layers=2,
         num_heads=2,
         head_dim=64,
-        without_attention=(),
         paired_layers=(0,),
         long_layers=(1,),
-        value_embeds=((0, 0), (1, 1)),
-        skips=(),
-        backout_layer=99,
-        second_embed=(2, 3, 4, 5, 6),
-        second_embed_rows=32_768,
-        second_embed_lambda=0.5,
+        value_layers=(0, 1),
+        value_std=0.0,
+        gate_networks=False,
+        smear=False,
+        ngrams=(2, 3, 4, 5, 6),
+        ngram_rows=32_768,
+        ngram_norm=True,
+        ngram_std=0.005,
+        ngram_weight=0.5,
         mlp_ratio=2,
         vocab_multiple=16,
         equal_qk_init=True,
@@ -611,12 +750,11 @@ NANO = Track(
         extension=Stage(2048, (64, 384), 0.1, ((1.0, 1.0),)),
         final_long_window=512,
         attn_scale=0.2,  # heads half as wide as those of `small`
+        cooldown=0.5,
+        final_lr=0.1,
         momentum_steps=(50, 20),
     ),
-    optimizer=OptimizerConfig(
-        adam_lr=0.03,
-        rules=replace(SMALL.optimizer.rules, embed2=replace(SMALL.optimizer.rules.embed2, lr_mul=(20.0,))),
-    ),
+    optimizer=OptimizerConfig(adam_lr=0.03, muon_beta2=0.95, rules=Rules(ngram_embed=replace(TABLE, lr_mul=(20.0,)))),
 )
 
 TRACKS = {track.name: track for track in (NANO, SMALL, MEDIUM, XL)}
@@ -677,6 +815,36 @@ def block_local_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, s
 
     Costs O(T * (window + block)) time and memory. Arguments as for `attention`.
     """
+    queries, keys, values, mask = local_blocks(q, k, v, cu_seqlens, window)
+    out = F.scaled_dot_product_attention(queries, keys.mT, values.mT, attn_mask=mask[:, None], scale=scale)
+    return out.transpose(1, 2).flatten(0, 1)[: len(q)]  # from (num_blocks, heads, block, D)
+
+
+def composed_attention(
+    q: Tensor,  # (T, heads, D)
+    k: Tensor,  # (T, heads, D)
+    v: Tensor,  # (T, heads, D)
+    mix: Tensor,  # (T, heads) weights of the heads' attention
+    cu_seqlens: Tensor,
+    scale: float,
+    window: int,
+) -> Tensor:  # (T, heads, D)
+    """Dynamically composed heads (arXiv:2405.08553), of rank 1: a mix of all heads' attention, on each one's values."""
+    queries, keys, values, mask = local_blocks(q, k, v, cu_seqlens, window)
+    scores = (queries @ keys * scale).to(wide(q.dtype)).masked_fill(~mask[:, None], -math.inf)
+    num_blocks, block = mask.shape[:2]
+    mix = (
+        F.pad(mix, (0, 0, 0, num_blocks * block - len(q))).unflatten(0, (num_blocks, block)).mT
+    )  # (num_blocks, H, block)
+    composed = (scores.softmax(-1) * mix[..., None]).sum(1, keepdim=True).to(v.dtype)
+    return (composed @ values.mT).transpose(1, 2).flatten(0, 1)[: len(q)]
+
+
+def local_blocks(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Blocks of queries (num_blocks, heads, block, D), for each the keys and values (num_blocks, heads, D, keys) that
+    its window reaches, and which of them each query sees (num_blocks, block, keys)."""
     T = q.size(0)
     block = min(64, T)
     num_blocks = -(-T // block)
@@ -690,9 +858,8 @@ def block_local_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, s
     mask = (key >= first_key) & (key <= position.view(num_blocks, block, 1))
 
     queries = F.pad(q, (0, 0, 0, 0, 0, end)).unflatten(0, (num_blocks, block)).transpose(1, 2)
-    keys, values = (OverlappingBlocks.apply(x, block, back, end).mT for x in (k, v))
-    out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask[:, None], scale=scale)
-    return out.transpose(1, 2).flatten(0, 1)[:T]  # from (num_blocks, heads, block, D)
+    keys, values = (OverlappingBlocks.apply(x, block, back, end) for x in (k, v))
+    return queries, keys, values, mask
 
 
 class OverlappingBlocks(torch.autograd.Function):
@@ -1339,9 +1506,9 @@ class Optimizer:
 
     def __init__(self, params: dict[str, nn.Parameter], config: OptimizerConfig, runtime: Runtime):
         self.params, self.config, self.runtime = params, config, runtime
-        if missing := [name for name in params if not hasattr(config.rules, name)]:
+        rules = {name: config.rules.of(name) for name in params}
+        if missing := [name for name, rule in rules.items() if rule is None]:
             raise SpeedrunError(f"the parameter {missing[0]} has no rule: add a line for it to the class Rules.")
-        rules = {name: getattr(config.rules, name) for name in params}
         self.rules: dict[str, Rule] = rules
         # Small replicated parameters first (nothing waits for them), then the largest, whose gathers take longest.
         self.order = sorted(params, key=lambda name: (rules[name].sharded, -params[name].numel()))
@@ -1359,7 +1526,8 @@ class Optimizer:
         self._expected: dict[str, tuple[str, ...]] = {}  # `_updates` of the step whose last backward pass is under way
         self._missing: set[str] = set()  # parameters without their gradient of that pass yet
         self._late: set[str] = set()  # those whose gradients come after it
-        self._sums: dict[str, tuple[Tensor, dist.Work | None]] = {}  # of gradients over the ranks, under way
+        self._touched: dict[str, np.ndarray] = {}  # rows of a table in some rank's gradient, (W, rows)
+        self._sums: dict[str, Callable[[], Tensor]] = {}  # of gradients over the ranks, under way: wait for this rank's
         self._normuon_update, self._adam_update = runtime.compiled(normuon_update), runtime.compiled(adam_update)
 
     def initial_state(self, name: str, p: Tensor) -> dict[str, Tensor]:
@@ -1413,12 +1581,18 @@ class Optimizer:
             updates["head"] = ("embed",)
         return updates
 
-    def expect_gradients(self, settings: Settings, late: Iterable[str] = ()) -> None:
+    def expect_gradients(
+        self, settings: Settings, late: Iterable[str] = (), touched: dict[str, np.ndarray | None] | None = None
+    ) -> None:
         """Call before the last backward pass of a step: its gradients are final, so their sums can start.
 
         late: parameters whose gradients come after it, before `step`. (Their hooks run all the same.)
+        touched: of tables, the rows that each rank's gradient of this step has, (W, rows), None: any.
         """
         self._expected, self._missing, self._late = self._updates(settings), set(self.params), set(late)
+        for name, rows in (touched or {}).items():
+            if rows is not None and len(rows[0]) % len(rows) == 0:
+                self._touched[name] = rows | self._touched.get(name, False)
 
     def _gradient_arrived(self, arrived: str, _: Tensor) -> None:
         """Hook of the backward pass, where there are several ranks."""
@@ -1437,13 +1611,50 @@ class Optimizer:
         for mirror in mirrors:
             grad += self.params[mirror].grad.T
             self.params[mirror].grad = None
+        if name in self._touched:
+            self._sums[name] = self._exchange_rows(grad, self._touched.pop(name))
+            return
         piece, work = self.piece(name, grad), None
         if world > 1 and self.rules[name].sharded:
             piece = torch.empty_like(piece)
             work = reduce_scatter_single(piece.view(-1), grad.view(-1), async_op=True)
         elif world > 1:
             work = dist.all_reduce(grad, async_op=True)
-        self._sums[name] = piece, work
+
+        def wait() -> Tensor:
+            if work is not None:
+                work.wait()
+            return piece
+
+        self._sums[name] = wait
+
+    def _exchange_rows(self, grad: Tensor, touched: np.ndarray) -> Callable[[], Tensor]:
+        """As a reduce-scatter of the gradient of a table (rows, d), of which only touched rows travel.
+
+        touched (W, rows): those of each rank's gradient that are not zero. All ranks know them, from the tokens.
+        """
+        world, rank = touched.shape[0], self.runtime.rank
+        by_owner = touched.reshape(world, world, -1).copy()  # (rank, owner, row of its piece)
+        by_owner[range(world), range(world)] = False  # its own stay
+        sent, come = by_owner[rank], [np.flatnonzero(rows) for rows in by_owner[:, rank]]
+        values = grad[self._indices(np.flatnonzero(sent))]
+        sizes, sent_sizes = [len(rows) for rows in come], sent.sum(1).tolist()
+        received = values.new_empty(sum(sizes), *grad.shape[1:])
+        work = dist.all_to_all_single(received, values, sizes, sent_sizes, async_op=True)
+        piece, rows = grad.unflatten(0, (world, -1))[rank], self._indices(np.concatenate(come))
+
+        def wait() -> Tensor:
+            work.wait()
+            for some, theirs in zip(rows.split(sizes), received.split(sizes), strict=True):
+                piece.index_add_(0, some, theirs)  # a rank's rows are different ones: the order of sums is fixed
+            return piece.view(-1)
+
+        return wait
+
+    def _indices(self, rows: np.ndarray) -> Tensor:
+        """Row numbers on the device, without waiting for it."""
+        indices = torch.from_numpy(rows)
+        return self.runtime.to_device(indices.pin_memory() if self.runtime.device.type == "cuda" else indices)
 
     @torch.no_grad()
     def step(self, settings: Settings) -> None:
@@ -1454,9 +1665,7 @@ class Optimizer:
                 self._start_sum(name, mirrors)
         gathers = []
         for name in updates:
-            grad, work = self._sums.pop(name)
-            if work is not None:
-                work.wait()
+            grad = self._sums.pop(name)()
             piece = self.piece(name, p[name].data)
             self._update(name, piece, grad, settings)
             p[name].grad = None
@@ -1469,6 +1678,12 @@ class Optimizer:
                 p[mirror].data.copy_(p[name].data.T)
                 if settings.unties:
                     self._hand_over_state(name, mirror)
+
+    def drop_gradients(self) -> None:
+        """Forget those of steps so far, whose parameters were not updated."""
+        self._touched.clear()
+        for p in self.params.values():
+            p.grad = None
 
     def _update(self, name: str, piece: Tensor, grad: Tensor, settings: Settings) -> None:
         """Update this rank's piece of a parameter by its rule."""
@@ -1506,26 +1721,24 @@ class Optimizer:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """One packed row of T tokens, the unit of every forward pass."""
 
     inputs: Tensor  # (T,) int64
     targets: Tensor  # (T,) int64, the token after each input
     cu_seqlens: Tensor  # int32, starts of the documents in the row, padded with T
     max_seqlen: int  # no document is longer
+    ngram_rows: Tensor  # (N, T) int64, rows of the table of n-grams, for each n of the layout
+    sign_rows: Tensor  # (N, T) int64, rows of the table of signs
 
     def to(self, runtime: Runtime) -> Row:
         """The row on the device; the copies are asynchronous where it lies in pinned memory."""
-        tensors = (runtime.to_device(t) for t in (self.inputs, self.targets, self.cu_seqlens))
-        return Row(*tensors, self.max_seqlen)
+        return Row(*(runtime.to_device(value) if isinstance(value, Tensor) else value for value in self))
 
 
 class Context(NamedTuple):
-    """What attention has to know of a row and of the step."""
+    """What the layers have to know of the step."""
 
-    cu_seqlens: Tensor  # int32
-    max_seqlen: int
     windows: tuple[int, int]  # short and long, tokens
     rotary: Tables
     attn_scale: float
@@ -1550,10 +1763,76 @@ class Lookup(torch.autograd.Function):
         return None, None, None
 
 
+GATE_SCALE = 0.1  # of the networks whose scale is learned, at the start
+
+
+class Coefficients(nn.Module):
+    """A network of the layout with its weights."""
+
+    def __init__(self, network: Network, width: int, hidden: int, runtime: Runtime, generator: torch.Generator):
+        super().__init__()
+        self.network = network
+        scale, count = network.scale or GATE_SCALE, sum(output.width for output in network.outputs)
+        initial = torch.tensor([output.initial for output in network.outputs for _ in range(output.width)])
+        weights, dtype = {"bias": initial / scale}, wide(runtime.dtype)
+        if network.reads is not None:
+            weights["w1"] = (torch.rand(hidden, width, generator=generator) * 2 - 1) * width**-0.5
+            weights["w2"], dtype = torch.zeros(count, hidden), runtime.dtype
+        for name, value in weights.items():
+            self.register_parameter(name, nn.Parameter(value.to(runtime.device, dtype)))
+
+    def forward(self, x: Tensor, gate_scale: Tensor | None) -> dict[Output, Tensor]:
+        """Coefficients (T, width), or where nothing is read (width,). x (T, d) is the stream that is read."""
+        values, scale = self.bias.to(x.dtype), self.network.scale
+        if self.network.reads is not None:
+            values = F.linear(F.gelu(F.linear(x, self.w1)), self.w2, values)
+            values = values * (gate_scale.to(x.dtype) if scale is None else scale)
+        widths = [output.width for output in self.network.outputs]
+        return dict(zip(self.network.outputs, values.split(widths, dim=-1), strict=True))
+
+
+class Streams:
+    """The named streams of one forward pass, and the coefficients that are computed from them as they come."""
+
+    def __init__(self, model: GPT, x0: Tensor):
+        self.model, self.streams = model, {}
+        self.coefficients: dict[tuple[str, int], Tensor] = {}
+        self.weights: dict[
+            tuple[str, int], list[tuple[str, Tensor]]
+        ] = {}  # of streams, by the place where they come in
+        self.reach(None, x0)
+        self.reach("x0", x0)
+
+    def reach(self, name: str | None, x: Tensor) -> None:
+        """A stream is there, for the networks that read it and for those who weigh it."""
+        if name in self.model.weighed_streams:
+            self.streams[name] = x
+        for network in self.model.networks:
+            if network.network.reads == name:
+                for output, value in network(x, getattr(self.model, "gate_scale", None)).items():
+                    if output.source:
+                        self.weights.setdefault(output[:2], []).append((output.source, value))
+                    else:
+                        self.coefficients[output[:2]] = value
+
+    def coefficient(self, role: str, layer: int) -> Tensor | None:
+        """(T, width), or (width,) for all tokens; None where the layout has none."""
+        return self.coefficients.get((role, layer))
+
+    def add(self, x: Tensor | None, place: str, layer: int, factor: Tensor | None = None) -> Tensor | None:
+        """x and, weighed, all streams that come in at this place."""
+        for name, weight in self.weights.get((place, layer), ()):
+            weight = weight if factor is None else factor * weight
+            stream = self.streams[name]
+            x = weight * stream if x is None else torch.addcmul(x, weight, stream)
+        return x
+
+
 class GPT(nn.Module):
     """The network, from tokens to loss. All matrices live in banks, which the optimizer shards and updates in place."""
 
     attention = staticmethod(attention)
+    composed_attention = staticmethod(composed_attention)
 
     def __init__(self, config: ModelConfig, runtime: Runtime, seed: int = 0):
         """Initialize on the CPU from `seed` alone, so that every device and every number of ranks starts the same."""
@@ -1562,56 +1841,63 @@ class GPT(nn.Module):
         self.config, self.runtime, self.layers = config, runtime, config.layers
         d, V, L, H = config.width, config.padded_vocab, config.num_layers, config.num_heads
         hidden, gate = config.mlp_ratio * d, config.gate_dim
-        num_attention = sum(layer.attention is not None for layer in self.layers)
-        num_values = sum(layer.value is not None for layer in self.layers)
-        num_skips = sum(len(layer.skips) for layer in self.layers)
-        num_tables = max((layer.value[1] + 1 for layer in self.layers if layer.value), default=0)
+        num_attention = len(config.attention_layers)
+        num_tables = sum(layer.table is not None for layer in self.layers)
+        num_gates = sum(layer.value_gate is not None for layer in self.layers)
         generator = torch.Generator().manual_seed(seed)
         padded = lambda n: -(-n // runtime.world_size) * runtime.world_size  # the optimizer cuts a bank into W pieces
+        uniform = lambda *shape: (torch.rand(shape, generator=generator) * 2 - 1) * (0.5 * math.sqrt(3 / d))
+        normal = lambda std, *shape: torch.randn(shape, generator=generator) * std
 
-        attn_bank = torch.zeros(padded(4 * num_attention), d, d)  # Wq, Wk, Wv, Wo of each layer with attention
+        self.qk_each = 2 * H // config.qk_heads  # matrices of a layer: of Wq, then of Wk
+        qk_bank = torch.zeros(padded(self.qk_each * num_attention), config.qk_heads * config.head_dim, d)
+        vo_bank = torch.zeros(padded(2 * num_attention), d, d)  # Wv, Wo of each layer with attention
         mlp_bank = torch.zeros(padded(2 * L), hidden, d)  # fc, proj of each layer
-        uniform = lambda std, *shape: (torch.rand(shape, generator=generator) * 2 - 1) * (std * math.sqrt(3))
         for i in range(num_attention):
-            attn_bank[4 * i : 4 * i + 3] = uniform(d**-0.5, 3, d, d)
-            if config.equal_qk_init:
-                attn_bank[4 * i + 1] = attn_bank[4 * i]
+            wq, wk, *vo = uniform(4, d, d)
+            qk = torch.cat((wq, wq if config.equal_qk_init else wk))
+            qk_bank[self.qk_each * i : self.qk_each * (i + 1)] = qk.view(self.qk_each, -1, d)
+            vo_bank[2 * i : 2 * i + 2] = torch.stack(vo)
         for i in range(L):
-            mlp_bank[2 * i] = uniform(0.5 * d**-0.5, hidden, d)
-        head = torch.randn(d, V, generator=generator) * 0.005
+            mlp_bank[2 * i] = uniform(hidden, d)
+        head = normal(0.005, d, V)
         weights = {
             "embed": head.T.contiguous(),
             "head": head,
-            "attn_bank": attn_bank,
+            "qk_bank": qk_bank,
+            "vo_bank": vo_bank,
             "mlp_bank": mlp_bank,
-            "value_embeds": torch.zeros(num_tables, V, d),
-            "attn_gates": torch.zeros(num_attention if config.attention_gates else 0, H, gate),
-            "value_gates": torch.zeros(num_values, H, gate),
+            "value_embeds": normal(config.value_std, num_tables, V, d),
+            "value_gates": torch.zeros(num_gates, H, gate),
             "smear_gate": torch.zeros(gate if config.smear else 0),
-            "skip_gate": torch.zeros(num_skips, gate),
+            "ngram_embed": normal(config.ngram_std, config.ngram_rows if config.ngrams else 0, d),
         }
-        scalars = {
-            "resid_lambda": torch.full((L,), config.resid_lambda),
-            "sa_lambda": torch.tensor([0.5, 1.0]).repeat(L if num_attention else 0, 1),  # of qkv and of the output
-            "x0_lambda": torch.zeros(L),
-            "skip_lambda": torch.full((num_skips,), -1.5),
-        }
+        scalars = {"sa_lambda": torch.tensor([0.5, 1.0]).repeat(L if num_attention else 0, 1)}  # of qkv, of the output
         if config.smear:
             scalars["smear_lambda"] = torch.zeros(())
-        if config.backout_layer < L:
-            scalars["backout_lambda"] = torch.full((), 0.5)
-        if config.second_embed:
-            # Not zero: with x02_lambda zero as well, neither would ever have a gradient.
-            weights["embed2"] = torch.randn(config.second_embed_rows, d, generator=generator) * 0.005
-            scalars["x02_lambda"] = torch.full((L,), config.second_embed_lambda)
+        if any(output.role == "skip" for network in config.networks for output in network.outputs):
+            scalars["skip_lambda"] = torch.full((), -1.5)
+        if any(network.scale is None for network in config.networks):
+            scalars["gate_scale"] = torch.full((), GATE_SCALE)
         for values, dtype in ((weights, runtime.dtype), (scalars, wide(runtime.dtype))):
             for name, value in values.items():
-                if value.numel():  # a layout without, say, skips has no parameters for them
+                if value.numel():  # a layout without, say, value embeddings has no parameters for them
                     self.register_parameter(name, nn.Parameter(value.to(runtime.device, dtype)))
+        for network in config.networks:
+            self.add_module(network.name, Coefficients(network, d, config.network_width, runtime, generator))
+        self.networks = tuple(self.children())
+        self.weighed_streams = {output.source for network in config.networks for output in network.outputs}
+        if config.ngrams and config.ngram_signs:
+            # The same whatever the seed: not trained, and in no checkpoint.
+            signs = torch.randint(2, (config.ngram_signs, d), generator=torch.Generator().manual_seed(0)) * 2 - 1
+            self.register_buffer("ngram_sign", signs.to(runtime.device, runtime.dtype), persistent=False)
+        # The longest other token that each token begins with, -1: none; see `set_prefixes`.
+        no_prefix = torch.full((V,), -1)
+        self.register_buffer("prefix", no_prefix.to(runtime.device), persistent=False)
         self._row_loss, self._quantize_head = runtime.compiled(self._row_loss), runtime.compiled(quantize_head)
         # What `Lookup` adds the gradients of a step to, where compiled: one sum per table of a parameter.
         self.table_sums: dict[str, list[Tensor]] = {}
-        for name in ("embed", "value_embeds", "embed2"):
+        for name in ("embed", "value_embeds", "ngram_embed"):
             if runtime.compile and hasattr(self, name):
                 zeros = torch.zeros_like(getattr(self, name).detach(), dtype=wide(runtime.dtype))
                 self.table_sums[name] = [total.clone() for total in zeros.view(-1, *zeros.shape[-2:])]
@@ -1640,122 +1926,160 @@ class GPT(nn.Module):
         return self._quantize_head(self.head) if self.runtime.fp8 else (None, None)
 
     def forward(
-        self, row: Row, settings: Settings, weights: Tensor, head8: tuple[Tensor | None, Tensor | None] | None = None
+        self,
+        row: Row,
+        settings: Settings,
+        weights: Tensor,
+        prefixes: bool = False,
+        head8: tuple[Tensor | None, Tensor | None] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Training loss of a row summed over its tokens, and the plain next-token loss summed likewise (detached).
 
-        weights (K,): of the predictions of token t+1 ... t+K. head8: of `fp8_head`; None: made here.
+        weights (K,): of the predictions of token t+1 ... t+K; with prefixes the last is that of the prefix of token
+        t+1. head8: of `fp8_head`; None: made here.
         """
         if head8 is None:
             head8 = self.fp8_head() if torch.is_grad_enabled() else (None, None)
-        return self._row_loss(row.inputs, row.targets, self._context(row, settings), weights, *head8)
+        return self._row_loss(row, self._context(row, settings), weights, prefixes, *head8)
 
     def _context(self, row: Row, settings: Settings, begin: int = 0) -> Context:
-        rotary = rotary_tables(
-            settings.frequencies, begin, begin + len(row.inputs), self.embed.device, self.embed.dtype
-        )
-        return Context(row.cu_seqlens, row.max_seqlen, settings.windows, rotary, settings.attn_scale)
+        end = begin + len(row.inputs)
+        rotary = rotary_tables(settings.frequencies, begin, end, self.embed.device, self.embed.dtype)
+        return Context(settings.windows, rotary, settings.attn_scale)
 
-    def _row_loss(self, inputs, targets, context, weights, head8, head8_T):
-        x = self.hidden(inputs, context)
-        ahead = torch.stack([F.pad(targets[k:], (0, k), value=-1) for k in range(weights.numel())])  # (K, T)
+    def _row_loss(self, row: Row, context: Context, weights: Tensor, prefixes: bool, head8, head8_T):
+        x = self.hidden(row, context)
+        ahead = [F.pad(row.targets[k:], (0, k), value=-1) for k in range(weights.numel() - prefixes)]
+        if prefixes:
+            ahead.append(self.prefix[row.targets])
         training, runtime = torch.is_grad_enabled(), self.runtime
         chunk = runtime.loss_chunk(len(x), self.config.padded_vocab)
         loss, nll, _, _ = torch.ops.speedrun.head_loss(
-            x, self.head, ahead, weights, chunk, training, runtime.fused, head8, head8_T
+            x, self.head, torch.stack(ahead), weights, chunk, training, runtime.fused, head8, head8_T
         )
         return loss, nll
 
-    def hidden(self, tokens: Tensor, context: Context) -> Tensor:  # (T,) int64 -> (T, d)
+    def hidden(self, row: Row, context: Context) -> Tensor:  # (T, d)
         """The normed stream from which the head predicts."""
-        c, T, g = self.config, tokens.size(0), self.config.gate_dim
+        c, last = self.config, self.config.num_layers - 1
         # The banks are taken apart once: indexing them layer by layer would make each backward write a whole bank.
-        num_attention = sum(layer.attention is not None for layer in self.layers)
-        attn_bank = self.attn_bank[: 4 * num_attention].split((3, 1) * num_attention) if num_attention else ()
-        mlp_bank = self.mlp_bank.unbind()
-        # Once for all layers that share a table: each backward of a lookup would write a whole table.
-        values = self.lookup("value_embeds", tokens) if hasattr(self, "value_embeds") else ()
-        resid_lambda, x0_lambda = self.resid_lambda.unbind(), self.x0_lambda.unbind()
+        num_attention = len(c.attention_layers)
+        qk_bank = self.qk_bank[: self.qk_each * num_attention].split(self.qk_each) if num_attention else ()
+        vo_bank, mlp_bank = self.vo_bank.unbind() if num_attention else (), self.mlp_bank.unbind()
+        values = self.lookup("value_embeds", row.inputs) if hasattr(self, "value_embeds") else ()
 
-        (e,) = self.lookup("embed", tokens)
-        if c.smear:
-            before = e[:-1]
-            smear = self.smear_lambda * torch.sigmoid(e[1:, :g] @ self.smear_gate)
-            e = torch.cat((e[:1], e[1:] + smear[:, None] * before))
-        x = x0 = norm(e)
-        x02 = norm(self._second_embedding(tokens, context.cu_seqlens)) if c.second_embed else None
-        outputs: dict[int, Tensor] = {}
+        x = x0 = norm(self._smeared_embedding(row.inputs))
+        streams, late_input = Streams(self, x0), None
+        if c.ngrams:
+            streams.reach("ngram", self._ngram_embedding(row))
         for i, layer in enumerate(self.layers):
-            for slot, source in layer.skips:
-                gate = torch.sigmoid(self.skip_lambda[slot]) * 2 * torch.sigmoid(x0[:, :g] @ self.skip_gate[slot])
-                x = x + gate[:, None] * outputs[source]
-            x = resid_lambda[i] * x + x0_lambda[i] * x0
-            if x02 is not None:
-                x = x + self.x02_lambda[i] * x02
+            if layer.table is not None:
+                streams.reach(f"value{i}", values[layer.table])
+        skip = torch.sigmoid(self.skip_lambda) if hasattr(self, "skip_lambda") else None
+        for i, layer in enumerate(self.layers):
+            if i == last:
+                streams.reach("last", x)
+            x = streams.add(streams.add(x, "input", i), "skip", i, skip)
+            if i == 0:
+                streams.reach("first", x)
             if layer.attention is not None:
-                w_qkv, w_o = attn_bank[2 * layer.attention : 2 * layer.attention + 2]
-                sa_qkv, sa_o = self.sa_lambda[i].unbind()
-                h = norm(x)
-                qkv = F.linear(h, sa_qkv * w_qkv.flatten(0, 1)).view(T, 3, c.num_heads, c.head_dim)
-                if layer.value is not None:
-                    slot, table = layer.value
-                    gate = 2 * torch.sigmoid(F.linear(h[:, :g], self.value_gates[slot]))  # (T, H)
-                    ve = gate[..., None] * values[table].view(T, c.num_heads, c.head_dim)
-                else:
-                    ve = None
-                y = self.attend(layer, qkv, ve, context)
-                if c.attention_gates:
-                    y = y * torch.sigmoid(F.linear(h[:, :g], self.attn_gates[layer.attention]))[..., None]
-                x = x + F.linear(y.flatten(1), sa_o * w_o[0])
-            x = x + relu_squared_mlp(norm(x), mlp_bank[2 * i], mlp_bank[2 * i + 1], self.runtime.fused)
-            if layer.kept:
-                outputs[i] = x
-        if c.backout_layer in outputs:
-            x = x - self.backout_lambda * outputs[c.backout_layer]
-        return norm(x)
+                a = late_input if layer.late else norm(x)
+                slot, ve = layer.attention, None if layer.table is None else values[layer.table]
+                y = self._attention_layer(
+                    i, a, qk_bank[slot], *vo_bank[2 * slot : 2 * slot + 2], ve, row, context, streams
+                )
+                resid, branch = streams.coefficient("resid_attention", i), streams.coefficient("attention_branch", i)
+                x = streams.add(torch.addcmul(resid * x, branch, y), "attention", i)
+            y = relu_squared_mlp(norm(x), mlp_bank[2 * i], mlp_bank[2 * i + 1], self.runtime.fused)
+            resid, branch = streams.coefficient("resid_mlp", i), streams.coefficient("mlp_branch", i)
+            x = torch.addcmul(resid * x, branch, y)
+            streams.reach(f"out{i}", x)
+            if i == c.late_input:
+                late_input = norm(x)
+        return norm(streams.add(x, "end", last))
 
-    def _second_embedding(self, tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """Sum of the embeddings of the last n tokens, for all n of the layout, found by their hashes. (T, d)
+    def _smeared_embedding(self, tokens: Tensor) -> Tensor:
+        """Embeddings of the tokens (T, d), each with a part of the one before."""
+        (e,) = self.lookup("embed", tokens)
+        if not self.config.smear:
+            return e
+        smear = self.smear_lambda * torch.sigmoid(e[1:, : self.config.gate_dim] @ self.smear_gate)
+        return torch.cat((e[:1], e[1:] + smear[:, None] * e[:-1]))
 
-        Nothing stands before the start of a document.
-        """
-        c, T, keys = self.config, tokens.size(0), []
-        position = torch.arange(T, device=tokens.device)
-        start = document_starts(position, cu_seqlens)
-        key = before = tokens
-        for n in range(1, max(c.second_embed) + 1):
-            if n in c.second_embed:
-                keys.append(key % c.second_embed_rows)
-            # The polynomial hash of Karp and Rabin; 48271 generates the integers modulo the prime 2^31 - 1.
-            before = F.pad(before[:-1], (1, 0))
-            key = (48271 * key + torch.where(position - start >= n, before + 1, 0)) % (2**31 - 1)
-        (found,) = self.lookup("embed2", torch.stack(keys))
-        return found.sum(0)
+    def _ngram_embedding(self, row: Row) -> Tensor:
+        """Sum over all n of the layout of the embeddings of the last n tokens. (T, d)"""
+        (found,) = self.lookup("ngram_embed", row.ngram_rows)
+        if self.config.ngram_signs:
+            found = found * self.ngram_sign[row.sign_rows]
+        return norm(found.sum(0)) if self.config.ngram_norm else found.sum(0)
 
-    def attend(
+    def _attention_layer(
+        self,
+        i: int,
+        a: Tensor,  # (T, d) normed input
+        w_qk: Tensor,  # (matrices, qk_heads * D, d)
+        w_v: Tensor,  # (d, d)
+        w_o: Tensor,  # (d, d)
+        ve: Tensor | None,  # (T, d) value embedding
+        row: Row,
+        context: Context,
+        streams: Streams,
+    ) -> Tensor:  # (T, d)
+        c, layer, T = self.config, self.layers[i], len(a)
+        sa_qkv, sa_o = self.sa_lambda[i].unbind()
+        # Each by itself: as one slab their gradients would be put together and taken apart again.
+        q, k = F.linear(a, sa_qkv * w_qk.flatten(0, 1)).view(T, 2, c.num_heads, c.head_dim).unbind(1)
+        v = streams.add(F.linear(a, sa_qkv * w_v), "values", i).view(T, c.num_heads, c.head_dim)
+        if ve is not None:
+            if layer.value_gate is None:
+                gate = streams.coefficient("value_gate", i).repeat_interleave(c.num_heads // 2, -1)
+            else:
+                seen = torch.cat((a[:, : c.gate_dim // 2], ve[:, : c.gate_dim // 2]), dim=1)
+                gate = 2 * torch.sigmoid(F.linear(seen, self.value_gates[layer.value_gate]))
+            v = torch.addcmul(v, gate[..., None], ve.view_as(v))
+        y = self._heads(layer, q, k, v, streams.coefficient("dc_in", i), streams.coefficient("dc_out", i), row, context)
+        if (strength := streams.coefficient("xsa", i)) is not None:
+            along = (y * v).sum(-1) / v.square().sum(-1).clamp_min(1e-8)
+            y = y - (torch.tanh(strength) * along)[..., None] * v
+        if (gate := streams.coefficient("gate", i)) is not None:
+            y = gate[..., None] * y
+        return F.linear(y.flatten(1), sa_o * w_o)
+
+    def _heads(
         self,
         layer: Layer,
-        qkv: Tensor,  # (T, 3, H, D)
-        ve: Tensor | None,  # (T, H, D) added to the values
+        q: Tensor,  # (T, H, D)
+        k: Tensor,  # (T, H, D)
+        v: Tensor,  # (T, H, D)
+        dc_in: Tensor | None,  # (T, H) or (H,), weights of the heads in what they compose
+        dc_out: Tensor | None,  # likewise, of what they compose in each head
+        row: Row,
         context: Context,
     ) -> Tensor:  # (T, H, D)
-        """QK-norm, rotary embedding, key offset, paired heads, attention."""
-        T, _, H, D = qkv.shape
+        """QK-norm, rotary embedding, key offset, paired heads, attention, and its composition."""
+        T, H, D = q.shape
         # Paired heads: (T, H, D) is read as 2T positions of H/2 heads, head h at 2t and head h + H/2 at 2t + 1.
         G = 2 if layer.paired else 1
         cos, sin = (table.view(T, G, 1, D) for table in context.rotary[G - 1])
-        # Each by itself: as one slab their gradients would be put together and taken apart again.
-        q, k, v = qkv.unbind(1)
         q, k = (rotate(norm(x).view(T, G, H // G, D), cos, sin) for x in (q, k))
-        v = v if ve is None else v + ve
         if layer.long and self.config.key_offset:
             # Partial key offset: the stationary dims of a key come from the token before.
             still = k[..., D // 2 :]
             k = torch.cat((k[..., : D // 2], torch.cat((still[:1], still[:-1]))), dim=-1)
         q, k, v = (x.reshape(G * T, H // G, D) for x in (q, k, v))
-        cu_seqlens, max_seqlen = G * context.cu_seqlens, G * context.max_seqlen
+        cu_seqlens, max_seqlen = G * row.cu_seqlens, G * row.max_seqlen
         window = context.windows[1] if layer.long else context.windows[0]
-        return self.attention(q, k, v, cu_seqlens, max_seqlen, context.attn_scale, window).reshape(T, H, D)
+        y = self.attention(q, k, v, cu_seqlens, max_seqlen, context.attn_scale, window).reshape(T, H, D)
+        if dc_in is not None:
+            mix = F.rms_norm(dc_in.to(wide(dc_in.dtype)), (H,), eps=1e-6).to(dc_in.dtype).expand(T, H)
+            composed = self.composed_attention(q, k, v, mix, cu_seqlens, context.attn_scale, self.config.dc_window - 1)
+            y = torch.addcmul(y, dc_out[..., None], composed)
+        return y
+
+    @torch.no_grad()
+    def set_prefixes(self, tokens: list[bytes]) -> None:
+        """Find the longest other token that each token of the vocabulary begins with, given the bytes of all."""
+        self.prefix[: len(tokens)] = torch.tensor(prefix_tokens(tokens)).to(self.prefix)
 
     @torch.no_grad()
     def logits(self, row: Row, settings: Settings) -> Tensor:
@@ -1764,7 +2088,7 @@ class GPT(nn.Module):
 
     def stream(self, row: Row, settings: Settings, begin: int = 0) -> Tensor:
         """What `hidden` makes of a row (T, d); rotary embedding counts its positions from `begin`."""
-        return self.hidden(row.inputs, self._context(row, settings, begin))
+        return self.hidden(row, self._context(row, settings, begin))
 
 
 # cos and signed sin for `rotate`, each (positions, D): of T tokens, and of their 2T positions where heads are paired.
@@ -1927,6 +2251,8 @@ class Loader:
         self.track, self.runtime, self.identities = track, runtime, identities
         self.paths = find_shards(data_dir, "train", track.data) * track.data.epochs
         self.position = LoaderPosition()
+        # Of the step last given out, which rows of the table of n-grams each rank's row reads, (W, rows); see Optimizer.
+        self.touched: np.ndarray | None = None
         self._shards: dict[int, Future[Shard]] = {}
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="shards")
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="loader")
@@ -1939,7 +2265,7 @@ class Loader:
             future = self._prefetched[2]
         else:
             future = self._worker.submit(self._make, *key)
-        rows, self.position = future.result()
+        rows, self.touched, self.position = future.result()
         self._prefetched = None
         if step + 1 < self.track.schedule.total_steps:
             ahead = (step + 1, self.position)
@@ -1962,13 +2288,21 @@ class Loader:
         self._shards = {i: shard for i, shard in self._shards.items() if i in (index, index + 1)}
         return self._shards[index].result()
 
-    def _make(self, step: int, position: LoaderPosition) -> tuple[list[Row], LoaderPosition]:
-        """The rank's rows of a step that begins at `position`, on the device, and the position after it."""
+    def _make(self, step: int, position: LoaderPosition) -> tuple[list[Row], np.ndarray | None, LoaderPosition]:
+        """The rank's rows of a step that begins at `position`, on the device, what is `touched`, the position after."""
         shard, rows, after = self.take_step(step, position)
-        stage, mine = self.track.at(step).stage, len(rows) // self.runtime.world_size
-        rows = rows[self.runtime.rank * mine : (self.runtime.rank + 1) * mine]
-        n = stage.tokens // self.track.data.rows_per_step
-        return [self._row(shard, pieces, n, stage.max_doc_len).to(self.runtime) for pieces in rows], after
+        stage, model, runtime = self.track.at(step).stage, self.track.model, self.runtime
+        each, touched = len(rows) // runtime.world_size, None
+        if model.ngrams and each == 1 < runtime.world_size:
+            touched = np.zeros((len(rows), model.ngram_rows), bool)
+            for some, pieces in zip(touched, rows, strict=True):
+                tokens, starts = self._tokens(shard, pieces)
+                some[ngram_keys(tokens[:-1], starts, model.ngrams) % model.ngram_rows] = True
+        made, longest = [], min(stage.max_doc_len, stage.tokens // len(rows))
+        for pieces in rows[runtime.rank * each : (runtime.rank + 1) * each]:
+            tokens, starts = self._tokens(shard, pieces)
+            made.append(make_row(tokens, starts, longest, model, pin=runtime.device.type == "cuda").to(runtime))
+        return made, touched, after
 
     def take_step(self, step: int, position: LoaderPosition) -> tuple[Shard, list[list[slice]], LoaderPosition]:
         """All rows of a step that begins at `position`, each in pieces of one shard, and the position after it.
@@ -1988,10 +2322,36 @@ class Loader:
                 return shard, rows, LoaderPosition(shard_index, after)
             shard_index, document = shard_index + 1, 0  # the remainder of this shard cannot fill the step: drop it
 
-    def _row(self, shard: Shard, pieces: list[slice], n: int, max_doc_len: int) -> Row:
+    def _tokens(self, shard: Shard, pieces: list[slice]) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens of a row, one more than it has positions, and where its documents start."""
         starts = np.cumsum([0, *(piece.stop - piece.start for piece in pieces[:-1])])
-        tokens = np.concatenate([shard.tokens[piece] for piece in pieces], dtype=np.int64)
-        return make_row(tokens, starts, min(max_doc_len, n), pin=self.runtime.device.type == "cuda")
+        return np.concatenate([shard.tokens[piece] for piece in pieces], dtype=np.int64), starts
+
+
+def read_token_bytes(data_dir: Path, vocab_size: int) -> list[bytes]:
+    """The bytes of every token, from tokens.bin: their lengths as uint16, then all of them; none of BOS.
+
+    Raises SpeedrunError where it is missing or damaged.
+    """
+    path = data_dir / "tokens.bin"
+    mend = "Run the script that wrote the shards again (`--tokens-only`), or train with --no-prefix-loss."
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise SpeedrunError(
+            f"{path}: cannot be read ({error.strerror}), and prefixes of tokens are predicted. {mend}"
+        ) from error
+    ends = 2 * vocab_size + np.cumsum(np.frombuffer(data[: 2 * vocab_size // 2 * 2], "<u2"), dtype=np.int64)
+    if len(ends) != vocab_size or ends[-1] != len(data):
+        raise SpeedrunError(f"{path}: not the bytes of {vocab_size} tokens. {mend}")
+    return [data[begin:end] for begin, end in pairwise([2 * vocab_size, *ends.tolist()])]
+
+
+def prefix_tokens(tokens: list[bytes]) -> list[int]:
+    """For each token, given the bytes of all, the longest other one that it begins with; -1 where there is none."""
+    number = {token: i for i, token in enumerate(tokens) if token}
+    begins = ([token[:n] for n in range(len(token) - 1, 0, -1)] for token in tokens)
+    return [next((number[begin] for begin in some if begin in number), -1) for some in begins]
 
 
 class OutOfData(SpeedrunError):
@@ -2085,7 +2445,7 @@ def document_capacity(tokens: int) -> int:
     return 32 + tokens // 512
 
 
-def make_row(tokens: np.ndarray, starts: np.ndarray, max_seqlen: int, pin: bool) -> Row:
+def make_row(tokens: np.ndarray, starts: np.ndarray, max_seqlen: int, model: ModelConfig, pin: bool = False) -> Row:
     """A row of n tokens from n + 1 of them and the positions at which its documents start."""
     n = len(tokens) - 1
     capacity = document_capacity(n)
@@ -2093,9 +2453,27 @@ def make_row(tokens: np.ndarray, starts: np.ndarray, max_seqlen: int, pin: bool)
         capacity *= 2
     cu_seqlens = np.full(capacity, n, dtype=np.int32)
     cu_seqlens[: len(starts)] = starts
-    tensors = torch.from_numpy(tokens.astype(np.int64, copy=False)), torch.from_numpy(cu_seqlens)
-    packed, starts = (t.pin_memory() for t in tensors) if pin else tensors
-    return Row(packed[:-1], packed[1:], starts, max_seqlen)
+    keys = ngram_keys(tokens[:-1], starts, model.ngrams)
+    sign_rows = keys // model.ngram_rows % max(model.ngram_signs, 1)
+    arrays = tokens.astype(np.int64, copy=False), cu_seqlens, keys % model.ngram_rows, sign_rows
+    tensors = map(torch.from_numpy, arrays)
+    packed, cu, ngram_rows, sign_rows = (t.pin_memory() for t in tensors) if pin else tensors
+    return Row(packed[:-1], packed[1:], cu, max_seqlen, ngram_rows, sign_rows)
+
+
+def ngram_keys(tokens: np.ndarray, starts: np.ndarray, sizes: tuple[int, ...]) -> np.ndarray:
+    """Hashes (len(sizes), T) of the last n tokens at each position, for each n. Before a document's start is nothing.
+
+    The polynomial hash of Karp and Rabin; 48271 generates the integers modulo the prime 2^31 - 1.
+    """
+    position, found = np.arange(len(tokens)), {}
+    place = position - np.asarray(starts)[np.searchsorted(starts, position, side="right") - 1]
+    key = before = tokens.astype(np.int64)
+    for n in range(1, max(sizes, default=0) + 1):
+        found[n] = key
+        before = np.concatenate(([0], before[:-1]))
+        key = (48271 * key + np.where(place >= n, before + 1, 0)) % (2**31 - 1)
+    return np.stack([found[n] for n in sizes]) if sizes else np.zeros((0, len(tokens)), np.int64)
 
 
 def validation_tokens(track: Track, data_dir: Path, identities: Identities) -> np.ndarray:
@@ -2125,8 +2503,7 @@ def validation_rows(track: Track, tokens: np.ndarray, runtime: Runtime) -> Itera
     for begin in range(runtime.rank * n, data.val_tokens, runtime.world_size * n):
         row = tokens[begin : begin + n + 1]
         starts = np.union1d(0, np.flatnonzero(row[:-1] == data.bos))
-        made = make_row(row, starts, longest, pin=False)
-        yield made.to(runtime)
+        yield make_row(row, starts, longest, track.model).to(runtime)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2904,20 +3281,31 @@ class Trainer:
         self.identities = Identities()
         self.loader = Loader(track, data_dir, runtime, self.identities)
         self.validation_tokens = validation_tokens(track, data_dir, self.identities)
+        self.token_bytes: list[bytes] | None = None
+        if track.prefix_loss and any(max(stage.prefix_weight) > 0 for stage in track.schedule.stages):
+            self.token_bytes = read_token_bytes(data_dir, track.model.vocab_size)
+
+    def find_prefixes(self) -> None:
+        """What the prediction of prefixes takes; to call when the clock runs."""
+        if self.token_bytes is not None:
+            self.model.set_prefixes(self.token_bytes)
 
     def train_step(self, step: int) -> Tensor:
         """One step. Returns this rank's part of the mean next-token loss, 0-dim on the device."""
         settings, num_rows = self.track.at(step), self.track.data.rows_per_step
-        weights = self._weights(settings.prediction_weights)
+        prefixes = settings.prefix_weight > 0
+        weights = self._weights(settings.prediction_weights + (settings.prefix_weight,) * prefixes)
         total = torch.zeros((), dtype=weights.dtype, device=self.runtime.device)
         rows, head8 = self.loader.next(step), self.model.fp8_head()
         for row in rows:
-            loss, nll = self.model(row, settings, weights, head8)
+            loss, nll = self.model(row, settings, weights, prefixes, head8)
             if row is rows[-1]:  # before its backward pass, whose hooks start the sums over the ranks
-                self.optimizer.expect_gradients(settings, late=self.model.table_sums)
+                late = self.model.table_sums
+                self.optimizer.expect_gradients(settings, late, {"ngram_embed": self.loader.touched})
             (loss / num_rows).backward()
             total += nll / settings.stage.tokens
-        self.model.hand_over_table_gradients()  # the late ones: before `step`, which sums them
+        if settings.adam_steps:
+            self.model.hand_over_table_gradients()  # the late ones: before `step`, which sums them
         self.optimizer.step(settings)
         return total
 
@@ -2981,9 +3369,10 @@ class Trainer:
     @torch.no_grad()
     def load_state(self, state: dict) -> None:
         """Put a copy made by `state` back, in place."""
+        self.model.hand_over_table_gradients()
+        self.optimizer.drop_gradients()
         for name, p in self.params.items():
             p.copy_(state["weights"][name])
-            p.grad = None
             for key, tensor in self.optimizer.state[name].items():
                 tensor.copy_(state["optimizer"][name][key])
         self.loader.position = state["loader"]
@@ -3144,6 +3533,8 @@ class Loop:
             for step in self.steps:
                 self.between_steps(step)
                 self.clock.start()
+                if step == self.steps.start:
+                    trainer.find_prefixes()
                 self.losses.append(trainer.train_step(step))
                 self.after_step(step)
             return self.between_steps(self.steps.stop)
@@ -3394,7 +3785,7 @@ def text_sample(model: GPT, track: Track, step: int, num_tokens: int, seed: int)
     while len(tokens) <= num_tokens:
         length = 64 << (len(tokens) // 64).bit_length()  # of few lengths; nothing sees the rest of the row
         padded = np.array(tokens + [bos] * (length + 1 - len(tokens)))
-        row = make_row(padded, np.array([0]), length, pin=False).to(model.runtime)
+        row = make_row(padded, np.array([0]), length, track.model).to(model.runtime)
         last = model.stream(row, settings)[len(tokens) - 1]
         probabilities = softcapped(last @ model.head)[:vocab_size].double().softmax(0).cpu()
         tokens.append(int(torch.multinomial(probabilities, 1, generator=generator)))

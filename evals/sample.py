@@ -39,7 +39,7 @@ class Decoder:
     def __call__(self, tokens: list[int]) -> Tensor:
         """Logits (T, vocabulary) after each of the next T tokens, after the soft-cap, at least float32."""
         model, again, both = self._model, len(self.recent), self.recent + tokens
-        row = make_row(np.array([*both, 0]), np.array([0]), len(both), pin=False).to(model.runtime)
+        row = make_row(np.array([*both, 0]), np.array([0]), len(both), model.config).to(model.runtime)
         self._again, self._length, self._attentions = again, len(both), 0
         x = model.stream(row, self.settings, begin=self.length - again)
         self.length += len(tokens)
