@@ -3801,26 +3801,23 @@ def text_sample(model: GPT, track: Track, step: int, num_tokens: int, seed: int)
 
 # Where the numbers of these fields lie: from, below, in words. Those of all others are at least 0.
 RANGES = (
-    ("num_layers num_heads head_dim second_embed_rows gate_dim mlp_ratio", 1, math.inf, "at least 1"),
+    (
+        "num_layers num_heads head_dim qk_heads network_width dc_window ngram_rows gate_dim mlp_ratio",
+        1,
+        math.inf,
+        "at least 1",
+    ),
     ("rows_per_step val_tokens val_row_tokens epochs", 1, math.inf, "at least 1"),
     ("scheduled_steps tokens max_doc_len loss_chunk keep_checkpoints", 1, math.inf, "at least 1"),
     ("windows final_long_window", 1, 1 << 31, "from 1 to 2,147,483,647"),
     ("vocab_size vocab_multiple", 1, (1 << 16) + 1, "from 1 to 65,536: shards hold 16 bits per token"),
-    ("second_embed", 1, 1025, "from 1 to 1,024"),
+    ("ngrams", 1, 1025, "from 1 to 1,024"),
     ("seed", 0, 1 << 63, "from 0 to 2^63 - 1"),
     ("attn_scale eps", sys.float_info.min, math.inf, "above 0"),
     ("momentum muon_beta2 betas", 0, 1, "at least 0 and below 1"),
     ("cooldown", 0, math.nextafter(1, 2), "from 0 to 1"),
-    ("resid_lambda second_embed_lambda", -math.inf, math.inf, "any number"),
+    ("ngram_weight mix_out", -math.inf, math.inf, "any number"),
 )
-
-
-MOVED = {
-    "--plan": "evals/plan.py",
-    "--scale": "evals/sibling.py",
-    "--eval": "evals/hellaswag.py",
-    "--schedule.val-every": "--val-every",
-}
 
 
 def check_ranges(values: dict[str, object]) -> None:
@@ -3843,9 +3840,6 @@ def parse_command(
     change: makes another track of the one named before its numbers are overridden.
     """
     name, rest = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("nano", argv)
-    for word in rest:
-        if instead := MOVED.get(word.split("=")[0]):
-            raise SpeedrunError(f"{word} is gone: see {instead}.")
     if name not in TRACKS:
         near = "".join(f" (did you mean {other}?)" for other in difflib.get_close_matches(name, TRACKS, 1))
         raise SpeedrunError(
