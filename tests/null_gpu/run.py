@@ -57,6 +57,9 @@ HOST_DEFINES = """
 
 # Every stage of `small` with two steps, an even and an odd one, and validations.
 SHORT = ["small", "--schedule.scheduled-steps", "6", "--schedule.extension-steps", "2", "--sample-tokens", "20"]
+# As on eight GPUs: each rank has one row.
+ROW_EACH = ["--data.rows-per-step", "2", "--schedule.extension.tokens", "98304"]
+ROW_EACH += [word for i in range(3) for word in (f"--schedule.stages.{i}.tokens", str(32768 * (i + 1)))]
 FIRST_STAGE = [*SHORT, "--max-steps", "2", "--val-every", "0"]
 CASES: dict[str, tuple[int, int, list[str]]] = {  # compute capability, ranks, the trainer's command line
     "whole": (90, 1, [*SHORT, "--save-every", "4"]),
@@ -64,7 +67,7 @@ CASES: dict[str, tuple[int, int, list[str]]] = {  # compute capability, ranks, t
     "sm_89": (89, 1, FIRST_STAGE),
     "sm_100": (100, 1, FIRST_STAGE),
     "sm_120": (120, 1, FIRST_STAGE),
-    "ranks_2": (90, 2, SHORT),
+    "ranks_2": (90, 2, [*SHORT, *ROW_EACH]),
 }
 
 
@@ -109,6 +112,9 @@ def make_shards(folder: Path) -> None:
         header = np.zeros(256, dtype="<i4")
         header[:3] = 20240520, 1, count
         (folder / f"null_{name}_000001.bin").write_bytes(header.tobytes() + tokens.tobytes())
+    invented = [b"%x" % token for token in range(50256)] + [b""]
+    lengths = np.array([len(token) for token in invented], dtype="<u2")
+    (folder / "tokens.bin").write_bytes(lengths.tobytes() + b"".join(invented))
 
 
 # ---- in the process that trains ----
