@@ -238,7 +238,7 @@ class ModelConfig:
         gates += [Output("skip", target, 0.5, source=f"out{i}") for i, target in self.skips if target <= last]
         for i in self.dc_layers:
             gates += [Output("dc_in", i, 1.0, heads), Output("dc_out", i, 0.0, heads)] if i in attention else []
-        split = last + 1 if self.second_gates is None else self.second_gates
+        split = last + 1 if self.second_gates is None else max(self.second_gates, 1)  # of layer 0: of what it is given
         pre, post = [o for o in gates if o.layer < split], [o for o in gates if o.layer >= split]
 
         resid, branch = math.sqrt(1.1), 1.0  # of the residual stream, and of what attention or MLP adds to it
@@ -263,7 +263,8 @@ class ModelConfig:
             Network("resid", resids),
             Network("branch", branches),
         ]
-        there = {"", "x0", "first", *(f"out{i}" for i in range(last)), *(f"value{i}" for i in self.value_layers)}
+        there = {"", "x0", "first", *(f"out{i}" for i in range(last))}
+        there |= {f"value{i}" for i in self.value_layers if i in attention}
         there |= {"last"} if last else set()
         there |= {"ngram"} if self.ngrams else set()
         networks = [replace(n, outputs=tuple(o for o in n.outputs if o.source in there)) for n in networks]
@@ -302,10 +303,14 @@ class ModelConfig:
         places = lambda layers: tuple(dict.fromkeys(map(place, layers)))
         stream = lambda name: re.sub(r"(?<=out|lue)\d+", lambda number: str(place(int(number[0]))), name)
         skips = dict.fromkeys((place(a), place(b)) for a, b in self.skips)
+        layers = {name: places(getattr(self, name)) for name in LAYER_LISTS}
+        # Where roles meet in a layer: heads in pairs cannot be composed, and the last layer keeps its attention.
+        layers["paired_layers"] = tuple(i for i in layers["paired_layers"] if i not in layers["dc_layers"])
+        layers["without_attention"] = tuple(i for i in layers["without_attention"] if i != num_layers - 1)
         return replace(
             self,
             num_layers=num_layers,
-            **{name: places(getattr(self, name)) for name in LAYER_LISTS},
+            **layers,
             skips=tuple((a, b) for a, b in skips if a < b),
             late_input=None if self.late_input is None else place(self.late_input),
             second_gates=None if self.second_gates is None else place(self.second_gates),
