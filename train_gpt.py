@@ -231,10 +231,11 @@ class ModelConfig:
 
         gates = [Output("xsa", i, 0.0, heads) for i in self.xsa_layers if i in attention]
         gates += [Output("gate", i, 0.25, heads) for i in self.gated_layers if i in attention]
-        for i in usual:
-            gates.append(Output("attention", i, 0.0, source="x0"))
-            # The first layer's attention sees them as well.
-            gates.append(Output("attention" if i else "input", i, self.ngram_weight, source="ngram"))
+        for i in range(self.num_layers):
+            gates += [Output("attention", i, 0.0, source="x0")] if i in usual else []
+            # The attention of layer 0 sees n-grams as well.
+            place = "attention" if i else "input"
+            gates += [Output(place, i, self.ngram_weight, source="ngram")] if i in usual or i == 0 else []
         gates += [Output("skip", target, 0.5, source=f"out{i}") for i, target in self.skips if target <= last]
         for i in self.dc_layers:
             gates += [Output("dc_in", i, 1.0, heads), Output("dc_out", i, 0.0, heads)] if i in attention else []
@@ -272,16 +273,11 @@ class ModelConfig:
 
     def refuse_impossible(self) -> None:
         """Raise SpeedrunError where the numbers make no network."""
-        paired = any(i < self.num_layers for i in self.paired_layers)
-        if (
-            self.num_layers < 1
-            or self.head_dim % 4
-            or self.num_heads % self.qk_heads
-            or (paired and self.num_heads % 2)
-        ):
+        pairs = 2 if self.mix_in or any(i < self.num_layers for i in self.paired_layers) else 1
+        if self.num_layers < 1 or self.head_dim % 4 or self.num_heads % self.qk_heads or self.num_heads % pairs:
             raise SpeedrunError(
                 f"model: num_layers {self.num_layers} must be positive, head_dim {self.head_dim} a multiple of 4, and "
-                f"num_heads {self.num_heads} a multiple of qk_heads {self.qk_heads} and, in pairs, even."
+                f"num_heads {self.num_heads} a multiple of qk_heads {self.qk_heads} and of {pairs}."
             )
         if any(source >= target for source, target in self.skips):
             raise SpeedrunError(f"model.skips {self.skips}: a skip must lead to a later layer.")
@@ -2044,8 +2040,8 @@ class GPT(nn.Module):
             v = torch.addcmul(v, gate[..., None], ve.view_as(v))
         y = self._heads(layer, q, k, v, streams.coefficient("dc_in", i), streams.coefficient("dc_out", i), row, context)
         if (strength := streams.coefficient("xsa", i)) is not None:
-            along = (y * v).sum(-1) / v.square().sum(-1).clamp_min(1e-8)
-            y = y - (torch.tanh(strength) * along)[..., None] * v
+            unit = F.normalize(v, dim=-1, eps=1e-4)
+            y = y - (torch.tanh(strength) * (y * unit).sum(-1))[..., None] * unit
         if (gate := streams.coefficient("gate", i)) is not None:
             y = gate[..., None] * y
         return F.linear(y.flatten(1), sa_o * w_o)
@@ -2256,7 +2252,7 @@ class Loader:
         self.track, self.runtime, self.identities = track, runtime, identities
         self.paths = find_shards(data_dir, "train", track.data) * track.data.epochs
         self.position = LoaderPosition()
-        # Of the step last given out, which rows of the table of n-grams each rank's row reads, (W, rows); see Optimizer.
+        # Of the step last given out, which rows of the table of n-grams each rank's row reads: (W, rows).
         self.touched: np.ndarray | None = None
         self._shards: dict[int, Future[Shard]] = {}
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="shards")
