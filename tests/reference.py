@@ -509,10 +509,12 @@ TABLE: dict[str, Adam | NorMuon] = {
     "bigram_embed": Adam((0.75, 0.95), lr_mul=75, wd_mul=5),
     "head": Adam((0.5, 0.95), wd_mul=150),
     "embed": Adam((0.5, 0.95), wd_mul=150),
+    **{f"{name}_{part}": GATE_NETWORK for name in ("pre", "post") for part in ("w1", "w2")},
+    **{f"{name}_b": replace(GATE_NETWORK, wd_mul=0) for name in ("pre", "post")},
+    **{f"{name}_{part}": MUDD for name in ("in", "out") for part in ("w1", "w2")},
+    **{f"{name}_b": replace(MUDD, wd_mul=0) for name in ("in", "out")},
 }
 """The rules of the parameters of `small`."""
-for name, rule in {"pre": GATE_NETWORK, "post": GATE_NETWORK, "in": MUDD, "out": MUDD}.items():
-    TABLE |= {f"{name}_w1": rule, f"{name}_w2": rule, f"{name}_b": replace(rule, wd_mul=0)}
 
 
 def adam_step(p: Tensor, g: Tensor, state: dict, rule: Adam, lr_factor: float) -> Tensor:

@@ -23,6 +23,7 @@ from reference import (
     forward,
     initial_frequencies,
     network_outputs,
+    ngram_embedding,
     ngram_key,
     ngram_rows,
     normuon_step,
@@ -151,10 +152,21 @@ def test_ngram_keys_end_at_the_start_of_the_document() -> None:
 def test_signs_and_rows_come_from_different_parts_of_the_key() -> None:
     """Catches signs that follow from the row: bigrams that share a row would then never differ in sign."""
     tokens = torch.randint(0, 1000, (400,), generator=torch.Generator().manual_seed(0))
-    rows, signs = ngram_rows(tokens, torch.ones(400, dtype=torch.long), 2, rows=5, sign_rows=8)
-    assert {(row, sign) for row, sign in zip(rows.tolist(), signs.tolist(), strict=True)} == {
-        (row, sign) for row in range(5) for sign in range(8)
+    rows, signs = ngram_rows(tokens, torch.ones(400, dtype=torch.long), 2, rows=8, sign_rows=4)
+    assert set(zip(rows.tolist(), signs.tolist(), strict=True)) == {
+        (row, sign) for row in range(8) for sign in range(4)
     }
+
+
+def test_embeddings_of_ngrams_add_up_and_are_normed_together() -> None:
+    """Catches the embedding of one size alone, and a norm of each, or of none."""
+    tokens, documents = [7, 3, 9, 3], torch.tensor([1, 1, 1, 2])
+    table = torch.randn(11, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    layout = dataclasses.replace(NANO, ngrams=(2, 4))
+    found = ngram_embedding({"bigram_embed": table}, layout, torch.tensor(tokens), documents, FLOAT64_EPS)
+    for t in range(4):
+        total = sum(table[ngram_key(tokens, t, n, documents.tolist()) % 11] for n in (2, 4))
+        torch.testing.assert_close(found[t], total / total.square().mean().sqrt(), rtol=1e-12, atol=1e-12)
 
 
 def test_prefix_is_the_longest_proper_one() -> None:
