@@ -1,16 +1,17 @@
-"""Model and optimizer once more, in naive float64 PyTorch: the oracle that the tests hold train_gpt.py against.
+"""Model, optimizer and schedule once more, in naive float64 PyTorch: the oracle that tests hold train_gpt.py against.
 
 Written for reading, not for speed: whole (T, T) attention masks, loops over layers and heads, the formulas one
 after the other. It shares no code with train_gpt.py. make_golden.py makes the golden numbers of it. Sources: Muon
 (Jordan et al. 2024), Polar Express arXiv:2505.16932, NorMuon arXiv:2510.05491, cautious decay arXiv:2510.12402, value
-residual arXiv:2410.17897, YaRN arXiv:2309.00071, ReLU² arXiv:2109.08668.
+residual arXiv:2410.17897, MUDD arXiv:2502.12170, XSA arXiv:2603.09078, YaRN arXiv:2309.00071, ReLU² arXiv:2109.08668.
 
 Shapes: T tokens of one packed row, d model width, H heads, D head width (d = H*D), V padded vocabulary, L layers,
-A attention layers, E layers with a value embedding, S skips, g gate width.
+A attention layers, E layers with a value-embedding table.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,25 +19,32 @@ from torch import Tensor
 FLOAT64_EPS = torch.finfo(torch.float64).eps
 
 # ======================================================================================================================
-# Model
+# Layouts
 # ======================================================================================================================
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Which layer has what. Layers count from 0."""
+    """Which layer has what. Layers count from 0; None: the layout does without."""
 
     num_layers: int
     num_heads: int
     head_dim: int
     no_attention: tuple[int, ...]  # layers with an MLP only
     paired: tuple[int, ...]  # layers whose heads h and h + H/2 share one sequence
-    long: tuple[int, ...]  # layers with the long window and the partial key offset
-    value_embed: dict[int, int]  # layer -> index of its value-embedding table
-    skips: tuple[tuple[int, int], ...]  # (from layer's output, to layer's input), in the order of skip_gate's rows
-    backout_layer: int | None  # its output is subtracted at the end; None: no backout
-    gate_width: int  # g: the gates read the first g dims
-    second_embed: tuple[int, ...] = ()  # n: the second input embedding is that of the last n tokens, summed over these
+    long: tuple[int, ...]  # layers with the long window, the partial key offset and, from a network, attention gates
+    value_tables: tuple[int, ...]  # layers with a value-embedding table, each with its own
+    xsa: tuple[int, ...] = ()  # layers in which each head's output loses its part along the token's own value
+    post_layer: int | None = (
+        None  # G_post reads its input and serves it and all after; G_pre, which reads x0, the others
+    )
+    skip: tuple[int, int] | None = None  # (layer whose output, layer into whose input)
+    late_input: int | None = None  # the attention of all layers after this one reads this one's output
+    mudd: int | None = None  # the layer of M_in, DC, v_add and the recombined stream
+    dc_window: int = 112  # positions of DC's second softmax, the query's own included
+    smear: bool = True
+    ngrams: tuple[int, ...] = (2,)  # n: the last n tokens have an embedding; summed over these
+    normed_ngrams: bool = False  # RMSNorm of that sum
 
 
 SMALL = Layout(
@@ -46,11 +54,112 @@ SMALL = Layout(
     no_attention=(6,),
     paired=(0, 2, 5, 9),
     long=(3, 10),
-    value_embed={0: 1, 1: 2, 8: 0, 9: 1, 10: 2},
-    skips=((3, 6),),
-    backout_layer=7,
-    gate_width=12,
+    value_tables=(1, 2, 8, 9, 10),
+    xsa=(1, 3, 4, 7),
+    post_layer=4,
+    skip=(3, 6),
+    late_input=7,
+    mudd=10,
 )
+MEDIUM = Layout(
+    num_layers=16,
+    num_heads=8,
+    head_dim=128,
+    no_attention=(9,),
+    paired=(0, 3, 8, 14),
+    long=(4, 10, 15),
+    value_tables=(2, 3, 12, 14, 15),
+    xsa=(2, 4, 6, 10),
+    post_layer=6,
+    skip=(4, 9),
+    late_input=10,
+    mudd=15,
+)
+XL = Layout(
+    num_layers=52,
+    num_heads=12,
+    head_dim=128,
+    no_attention=(31,),
+    paired=(0, 10, 26, 46),
+    long=(15, 33, 51),
+    value_tables=(5, 10, 41, 46, 51),
+    xsa=(5, 15, 20, 36),
+    post_layer=20,
+    skip=(15, 31),
+    late_input=36,
+    mudd=51,
+)
+NANO = Layout(
+    num_layers=2,
+    num_heads=2,
+    head_dim=64,
+    no_attention=(),
+    paired=(0,),
+    long=(1,),
+    value_tables=(0, 1),
+    smear=False,
+    ngrams=(2, 3, 4, 5, 6),
+    normed_ngrams=True,
+)
+
+
+def network_outputs(layout: Layout, first: int, end: int) -> list[tuple[tuple[str, int], int]]:
+    """Outputs of the gate network that serves the layers first ... end - 1, in their order: ((role, layer), width)."""
+    layers, heads = range(first, end), layout.num_heads
+    outputs = [(("xsa", i), heads) for i in layers if i in layout.xsa]
+    outputs += [(("attention", i), heads) for i in layers if i in layout.long]
+    for i in layers:
+        if i not in layout.no_attention and i != layout.mudd:
+            outputs += [(("x0", i), 1), (("ngram", i), 1)]
+    if layout.skip and layout.skip[1] in layers:
+        outputs += [(("skip", layout.skip[1]), 1)]
+    if layout.mudd in layers:
+        outputs += [(("dc1", layout.mudd), heads), (("dc2", layout.mudd), heads)]
+    return outputs
+
+
+# ======================================================================================================================
+# Tables over tokens
+# ======================================================================================================================
+
+
+def document_ids(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
+    """(T,) index of the document each token lies in. Entries of cu_seqlens equal to T are padding."""
+    ids = torch.zeros(num_tokens, dtype=torch.long)
+    for start in cu_seqlens.tolist():
+        ids[start:] += 1
+    return ids
+
+
+def ngram_key(tokens: list[int], position: int, n: int, documents: list[int]) -> int:
+    """Key of the n tokens that end at a position; before the document are none."""
+    key = tokens[position]
+    for back in range(1, n):
+        inside = position >= back and documents[position - back] == documents[position]
+        key = (48271 * key + (tokens[position - back] + 1 if inside else 0)) % (2**31 - 1)
+    return key
+
+
+def ngram_rows(tokens: Tensor, documents: Tensor, n: int, rows: int, sign_rows: int) -> tuple[Tensor, Tensor]:
+    """(T,), (T,): at each position, the rows of the tables of embeddings and of signs (0: none) that its n-gram has."""
+    keys = [ngram_key(tokens.tolist(), t, n, documents.tolist()) for t in range(len(tokens))]
+    signs = [key // rows % sign_rows if sign_rows else 0 for key in keys]
+    return torch.tensor([key % rows for key in keys]), torch.tensor(signs)
+
+
+def prefix_table(token_bytes: list[bytes | None]) -> list[int]:
+    """Of each token the longest proper prefix that is a token too, or -1. None: no text (BOS, padding), no prefix."""
+    token_of = {text: token for token, text in enumerate(token_bytes) if text is not None}
+    prefixes = []
+    for text in token_bytes:
+        found = [token_of[text[:end]] for end in range(1, len(text or b"")) if text[:end] in token_of]
+        prefixes.append(found[-1] if found else -1)
+    return prefixes
+
+
+# ======================================================================================================================
+# Model
+# ======================================================================================================================
 
 
 def initial_frequencies(head_dim: int) -> Tensor:
@@ -71,14 +180,6 @@ def norm(x: Tensor, eps: float) -> Tensor:
     return x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
 
 
-def document_ids(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
-    """(T,) index of the document each token lies in. Entries of cu_seqlens equal to T are padding."""
-    ids = torch.zeros(num_tokens, dtype=torch.long)
-    for start in cu_seqlens.tolist():
-        ids[start:] += 1
-    return ids
-
-
 def rotate(x: Tensor, frequencies: Tensor, positions: Tensor) -> Tensor:
     """Half-truncated rotary: pair (2j, 2j+1) of the first D/2 dims turns by -position * frequency j.
 
@@ -93,22 +194,17 @@ def rotate(x: Tensor, frequencies: Tensor, positions: Tensor) -> Tensor:
     return result
 
 
-def row_of_ngram(tokens: list[int], position: int, n: int, documents: list[int], rows: int) -> int:
-    """Row of the second input embedding for the n tokens that end at a position; before the document are none."""
-    key = tokens[position]
-    for back in range(1, n):
-        inside = position >= back and documents[position - back] == documents[position]
-        key = (48271 * key + (tokens[position - back] + 1 if inside else 0)) % (2**31 - 1)
-    return key % rows
-
-
-def masked_attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor, window: int, attn_scale: float) -> Tensor:
-    """Causal attention of one head inside documents, at most `window` positions back. q, k, v (N, D) -> (N, D)."""
+def attention_weights(q: Tensor, k: Tensor, documents: Tensor, window: int, attn_scale: float) -> Tensor:
+    """(N, N) softmax of one head, causal, inside documents, at most `window` positions back. q, k (N, D)."""
     position = torch.arange(len(q))
     distance = position[:, None] - position[None, :]
     visible = (distance >= 0) & (distance <= window) & (documents[:, None] == documents[None, :])
-    scores = (attn_scale * q @ k.T).masked_fill(~visible, -math.inf)
-    return scores.softmax(-1) @ v
+    return (attn_scale * q @ k.T).masked_fill(~visible, -math.inf).softmax(-1)
+
+
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor, window: int, attn_scale: float) -> Tensor:
+    """Attention of one head with the weights of `attention_weights`. q, k, v (N, D) -> (N, D)."""
+    return attention_weights(q, k, documents, window, attn_scale) @ v
 
 
 def interleave(first: Tensor, second: Tensor) -> Tensor:
@@ -116,44 +212,50 @@ def interleave(first: Tensor, second: Tensor) -> Tensor:
     return torch.stack([first, second], dim=1).flatten(0, 1)
 
 
+class Row(NamedTuple):
+    """What all layers know of the row and the step."""
+
+    documents: Tensor  # (T,)
+    windows: tuple[int, int]  # (short, long) in tokens
+    frequencies: Tensor  # (D/4,)
+    attn_scale: float
+    eps: float  # of norm
+
+
 def attention(
-    h: Tensor,  # (T, d) normed input
+    a: Tensor,  # (T, d) normed input
+    added_values: Tensor,  # (T, d)
+    gates: dict[tuple[str, int], Tensor],  # outputs of the gate networks so far, each (T, width)
     weights: dict[str, Tensor],
     layout: Layout,
     layer: int,
-    tokens: Tensor,  # (T,)
-    documents: Tensor,  # (T,)
-    window: int,
-    frequencies: Tensor,  # (D/4,)
-    attn_scale: float,
-    eps: float,
+    row: Row,
 ) -> Tensor:  # (T, d)
-    """Attention of one layer, from its normed input to what is added to the residual stream."""
-    num_tokens, heads, dim = len(h), layout.num_heads, layout.head_dim
+    """Attention of one layer, from its normed input to what goes back to the stream."""
+    documents, windows, frequencies, attn_scale, eps = row
+    window = windows[1] if layer in layout.long else windows[0]
+    num_tokens, heads, dim = len(a), layout.num_heads, layout.head_dim
     attention_layers = [i for i in range(layout.num_layers) if i not in layout.no_attention]
     index = attention_layers.index(layer)
-    w_q, w_k, w_v, w_o = weights["attn_bank"][4 * index : 4 * index + 4]
+    # H/2 matrices (2D, d) of Wq, each of two adjacent heads, then as many of Wk.
+    w_q, w_k = weights["qk_bank"][heads * index : heads * (index + 1)].flatten(0, 1).chunk(2)
+    w_v, w_o = weights["vo_bank"][2 * index : 2 * index + 2]
     qkv_lambda, out_lambda = weights["sa_lambda"][layer]
-    gate_input = h[:, : layout.gate_width]
+    all_values = a @ (qkv_lambda * w_v).T + added_values
 
     q_heads, k_heads, v_heads = [], [], []
     for head in range(heads):
         rows = slice(head * dim, (head + 1) * dim)
-        q = norm(h @ (qkv_lambda * w_q[rows]).T, eps)
-        k = norm(h @ (qkv_lambda * w_k[rows]).T, eps)
-        v = h @ (qkv_lambda * w_v[rows]).T
+        q = norm(a @ (qkv_lambda * w_q[rows]).T, eps)
+        k = norm(a @ (qkv_lambda * w_k[rows]).T, eps)
         if layer in layout.long:
             # Partial key offset. Nothing stands before the row's first token, so it keeps its own. The offset goes by
             # position in the row: a document's first token takes from the last token of the document before.
             shifted = torch.cat([k[:1, dim // 2 :], k[:-1, dim // 2 :]])
             k = torch.cat([k[:, : dim // 2], shifted], dim=1)
-        if layer in layout.value_embed:
-            table = weights["value_embeds"][layout.value_embed[layer]]
-            gate = weights["value_gates"][sorted(layout.value_embed).index(layer), head]
-            v = v + 2 * torch.sigmoid(gate_input @ gate)[:, None] * table[tokens][:, rows]
         q_heads.append(q)
         k_heads.append(k)
-        v_heads.append(v)
+        v_heads.append(all_values[:, rows])
 
     outputs: list[Tensor] = [torch.empty(0)] * heads
     if layer in layout.paired:
@@ -168,19 +270,59 @@ def attention(
             outputs[head], outputs[partner] = y[0::2], y[1::2]
     else:
         positions = torch.arange(num_tokens)
+        q_heads = [rotate(q, frequencies, positions) for q in q_heads]
+        k_heads = [rotate(k, frequencies, positions) for k in k_heads]
         for head in range(heads):
-            q = rotate(q_heads[head], frequencies, positions)
-            k = rotate(k_heads[head], frequencies, positions)
-            outputs[head] = masked_attention(q, k, v_heads[head], documents, window, attn_scale)
+            outputs[head] = masked_attention(q_heads[head], k_heads[head], v_heads[head], documents, window, attn_scale)
 
-    for head in range(heads):
-        outputs[head] = torch.sigmoid(gate_input @ weights["attn_gates"][index, head])[:, None] * outputs[head]
+    if layer in layout.xsa:
+        for head in range(heads):
+            y, v, alpha = outputs[head], v_heads[head], gates["xsa", layer][:, head, None]
+            along = (y * v).sum(-1, keepdim=True) / v.square().sum(-1, keepdim=True).clamp_min(1e-8)
+            outputs[head] = y - alpha.tanh() * along * v
+    if layer == layout.mudd:  # DC: all heads attend once more, each with the same mix of all heads' weights
+        w1, w2 = norm(gates["dc1", layer], 1e-6), gates["dc2", layer]
+        mix = torch.zeros(num_tokens, num_tokens, dtype=a.dtype)
+        for head in range(heads):
+            p = attention_weights(q_heads[head], k_heads[head], documents, layout.dc_window - 1, attn_scale)
+            mix = mix + w1[:, head, None] * p
+        for head in range(heads):
+            outputs[head] = outputs[head] + w2[:, head, None] * (mix @ v_heads[head])
+    if ("attention", layer) in gates:
+        for head in range(heads):
+            outputs[head] = gates["attention", layer][:, head, None] * outputs[head]
     return torch.cat(outputs, dim=1) @ (out_lambda * w_o).T
 
 
 def mlp(h: Tensor, fc: Tensor, proj: Tensor) -> Tensor:
     """ReLU² MLP. h (T, d), fc and proj (4d, d) -> (T, d)."""
     return torch.relu(h @ fc.T).square() @ proj
+
+
+def network(weights: dict[str, Tensor], name: str, x: Tensor, factor: Tensor | float) -> Tensor:
+    """factor · (W2 gelu(W1 x) + b), gelu exact. x (T, d) -> (T, outputs)"""
+    w1, w2, b = (weights[f"{name}_{part}"] for part in ("w1", "w2", "b"))
+    z = x @ w1.T
+    return factor * ((z * (1 + torch.erf(z / math.sqrt(2))) / 2) @ w2.T + b)
+
+
+def gates_of(weights: dict[str, Tensor], name: str, x: Tensor, outputs: list) -> dict[tuple[str, int], Tensor]:
+    """A gate network's outputs by (role, layer), each (T, width)."""
+    values = network(weights, name, x, weights["gate_scale"])
+    parts = values.split([width for _, width in outputs], dim=1)
+    return {key: part for (key, _), part in zip(outputs, parts, strict=True)}
+
+
+def ngram_embedding(
+    weights: dict[str, Tensor], layout: Layout, tokens: Tensor, documents: Tensor, eps: float
+) -> Tensor:
+    """(T, d) sum of the embeddings of the n-grams that end at each position, each with its signs."""
+    table, signs = weights["bigram_embed"], weights.get("bigram_sign")
+    total = torch.zeros(len(tokens), table.size(1), dtype=table.dtype)
+    for n in layout.ngrams:
+        rows, sign_rows = ngram_rows(tokens, documents, n, len(table), 0 if signs is None else len(signs))
+        total = total + (table[rows] if signs is None else table[rows] * signs[sign_rows])
+    return norm(total, eps) if layout.normed_ngrams else total
 
 
 def forward(
@@ -192,76 +334,107 @@ def forward(
     frequencies: Tensor,  # (D/4,)
     attn_scale: float,
     norm_eps: float = FLOAT64_EPS,
+    bigram_rows: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:  # (T, V)
     """Logits after the soft-cap, float64. Weights of another dtype are widened, so gradients flow to them all the same.
 
-    weights: embed (V, d), head (d, V), attn_bank (>= 4A, d, d) as Wq, Wk, Wv, Wo per attention layer, mlp_bank
-    (>= 2L, 4d, d) as fc, proj per layer, value_embeds (tables, V, d), attn_gates (A, H, g), value_gates (E, H, g),
-    smear_gate (g,), skip_gate (S, g) or (g,), resid_lambda (L,), sa_lambda (L, 2), x0_lambda (L,), smear_lambda (),
-    skip_lambda (S,) or (), backout_lambda (); and, for a second input embedding, embed2 (rows, d), x02_lambda (L,).
+    weights: embed (V, d), head (d, V), qk_bank (>= A*H, 2D, d) with Wq of head pairs, then Wk, per attention layer,
+    vo_bank (>= 2A, d, d) with Wv, Wo, mlp_bank (>= 2L, 4d, d) with fc, proj per layer, value_embeds (E, V, d),
+    value_gates (tables that M_in does not gate, H, 12), sa_lambda (L, 2), resid_attn, resid_mlp, post_attn, post_mlp
+    (L,), bigram_embed (rows, d). Where the layout has them: bigram_sign (sign rows, d), smear_gate (12,), smear_lambda
+    (), skip_lambda (), gate_scale () and the four networks pre_, post_, in_ and out_, each w1 (width, d),
+    w2 (outputs, width), b (outputs,). Where it has no gate networks: x0_lambda and ngram_lambda (L,).
     norm_eps: pass the epsilon of the implementation under test where its activations are of another dtype.
+    bigram_rows: ((T,), (T,)) rows of the bigrams in the two tables, for those of another hash.
     """
     weights = {name: weight.double() for name, weight in weights.items()}
     tokens = tokens.long()
-    frequencies = frequencies.double()
-    g = layout.gate_width
     documents = document_ids(cu_seqlens, len(tokens))
-    skip_gates = weights["skip_gate"].reshape(-1, g) if layout.skips else None
-    skip_lambdas = weights["skip_lambda"].reshape(-1) if layout.skips else None
+    row = Row(documents, windows, frequencies.double(), attn_scale, norm_eps)
+    layers, heads, dim = range(layout.num_layers), layout.num_heads, layout.head_dim
 
-    embedded = weights["embed"][tokens]
-    smear = weights["smear_lambda"] * torch.sigmoid(embedded[1:, :g] @ weights["smear_gate"])
-    x0 = norm(torch.cat([embedded[:1], embedded[1:] + smear[:, None] * embedded[:-1]]), norm_eps)
-    x02 = None
-    if layout.second_embed:
-        table, text, ids = weights["embed2"], tokens.tolist(), documents.tolist()
-        rows = lambda n: [row_of_ngram(text, t, n, ids, len(table)) for t in range(len(text))]
-        x02 = norm(sum(table[rows(n)] for n in layout.second_embed), norm_eps)
+    e = weights["embed"][tokens]
+    if layout.smear:
+        smear = weights["smear_lambda"] * torch.sigmoid(e[1:, :12] @ weights["smear_gate"])
+        e = torch.cat([e[:1], e[1:] + smear[:, None] * e[:-1]])
+    x0 = norm(e, norm_eps)
+    if bigram_rows is None:
+        ngram = ngram_embedding(weights, layout, tokens, documents, norm_eps)
+    else:
+        ngram = weights["bigram_embed"][bigram_rows[0]] * weights["bigram_sign"][bigram_rows[1]]
 
-    x = x0
-    layer_outputs = []
-    for layer in range(layout.num_layers):
-        for index, (source, target) in enumerate(layout.skips):
-            if target == layer:
-                gate = 2 * torch.sigmoid(x0[:, :g] @ skip_gates[index])
-                x = x + torch.sigmoid(skip_lambdas[index]) * gate[:, None] * layer_outputs[source]
-        x = weights["resid_lambda"][layer] * x + weights["x0_lambda"][layer] * x0
-        if x02 is not None:
-            x = x + weights["x02_lambda"][layer] * x02
+    if layout.post_layer is None:
+        gates = {("x0", i): weights["x0_lambda"][i] for i in layers}
+        gates |= {("ngram", i): weights["ngram_lambda"][i] for i in layers}
+    else:
+        gates = gates_of(weights, "pre", x0, network_outputs(layout, 0, layout.post_layer))
+
+    x = first = x0 + gates["ngram", 0] * ngram
+    outputs: list[Tensor] = []
+    for layer in layers:
+        if layer == layout.post_layer:
+            gates |= gates_of(weights, "post", x, network_outputs(layout, layer, layout.num_layers))
+        if layout.skip and layer == layout.skip[1]:
+            x = x + torch.sigmoid(weights["skip_lambda"]) * gates["skip", layer] * outputs[layout.skip[0]]
+        resid_mlp, post_mlp = weights["resid_mlp"][layer], weights["post_mlp"][layer]
+
         if layer not in layout.no_attention:
-            window = windows[1] if layer in layout.long else windows[0]
-            x = x + attention(
-                norm(x, norm_eps),
-                weights,
-                layout,
-                layer,
-                tokens,
-                documents,
-                window,
-                frequencies,
-                attn_scale,
-                norm_eps,
-            )
-        fc, proj = weights["mlp_bank"][2 * layer : 2 * layer + 2]
-        x = x + mlp(norm(x, norm_eps), fc, proj)
-        layer_outputs.append(x)
+            late = layout.late_input is not None and layer > layout.late_input
+            a = norm(outputs[layout.late_input] if late else x, norm_eps)
+            added_values = torch.zeros_like(a)
+            if layer == layout.mudd:
+                last, late_output = x, outputs[layout.late_input]
+                m = network(weights, "in", last, 0.1).T[:, :, None]  # (14, T, 1)
+                added_values = m[0] * first + m[1] * late_output + m[2] * last
+                value_gate = torch.cat([m[6]] * (heads // 2) + [m[7]] * (heads // 2), dim=1)
+            if layer in layout.value_tables:
+                ve = weights["value_embeds"][layout.value_tables.index(layer)][tokens]
+                if layer != layout.mudd:
+                    w_ve = weights["value_gates"][layout.value_tables.index(layer)]
+                    value_gate = 2 * torch.sigmoid(torch.cat([a[:, :6], ve[:, :6]], dim=1) @ w_ve.T)
+                added_values = added_values + value_gate.repeat_interleave(dim, dim=1) * ve
+            y = attention(a, added_values, gates, weights, layout, layer, row)
+            if layer == layout.mudd:
+                x = (1 + m[5]) * last + m[3] * first + m[4] * late_output
+                x = m[8] * x + m[9] * y + m[10] * first + m[11] * ngram
+                resid_mlp, post_mlp = m[12], m[13]
+            else:
+                x = weights["resid_attn"][layer] * x + weights["post_attn"][layer] * y + gates["x0", layer] * x0
+                if layer > 0:  # that of layer 0 is in `first`
+                    x = x + gates["ngram", layer] * ngram
 
-    if layout.backout_layer is not None:
-        x = x - weights["backout_lambda"] * layer_outputs[layout.backout_layer]
+        fc, proj = weights["mlp_bank"][2 * layer : 2 * layer + 2]
+        x = resid_mlp * x + post_mlp * mlp(norm(x, norm_eps), fc, proj)
+        outputs.append(x)
+
+    if layout.mudd is not None:
+        n = network(weights, "out", x, 0.1).T[:, :, None]  # (5, T, 1)
+        ve = weights["value_embeds"][0][tokens]
+        x = x + n[0] * first + n[1] * late_output + n[2] * last + n[3] * ve + n[4] * outputs[layout.skip[0]]
     x = norm(x, norm_eps)
     return 23 * torch.sigmoid((x @ weights["head"] + 5) / 7.5)
 
 
-def train_loss(logits: Tensor, targets: Tensor, prediction_weights: Tensor | list[float]) -> Tensor:
-    """Multi-token prediction, summed over the row: sum_t sum_k w_k CE(logits_t, target_{t+k}), none past the end.
+def train_loss(
+    logits: Tensor,  # (T, V)
+    targets: Tensor,  # (T,) targets[t] is the token after t
+    prediction_weights: Tensor | list[float],  # (K,)
+    prefix: Tensor | None = None,  # (V,) the prefix token of each token, or -1
+    prefix_weight: float = 0.0,
+) -> Tensor:  # ()
+    """Multi-token prediction and the prefix of the next token, summed over the row:
 
-    logits (T, V), targets (T,) with targets[t] the token after t, prediction_weights (K,) -> ()
+    sum_t (sum_k w_k CE(logits_t, target_{t+k}), none past the end, + w_p CE(logits_t, prefix(target_t)), where any).
     """
     log_probs = logits.log_softmax(-1)
     loss = logits.new_zeros(())
     for k, weight in enumerate(prediction_weights):
         for t in range(len(targets) - k):
             loss = loss - weight * log_probs[t, targets[t + k]]
+    if prefix is not None:
+        for t, target in enumerate(targets.tolist()):
+            if prefix[target] >= 0:
+                loss = loss - prefix_weight * log_probs[t, prefix[target]]
     return loss
 
 
@@ -313,29 +486,35 @@ class NorMuon:
     lr_muls: tuple[float, ...] = (1.0,)
     wd_mul: float = 1.0
     lr: float = 0.023
-    beta2: float = 0.95
+    beta2: float = 0.9
     decay: float = 1.2
 
 
+GATE_NETWORK, MUDD = Adam((0.9, 0.99), lr_mul=0.1, wd_mul=1), Adam((0.9, 0.99), lr_mul=0.25, wd_mul=1)
 TABLE: dict[str, Adam | NorMuon] = {
-    "attn_bank": NorMuon(),
+    "qk_bank": NorMuon(),
+    "vo_bank": NorMuon(),
     "mlp_bank": NorMuon(lr_muls=(1.0, 2.0)),
-    "scalars": Adam((0.9, 0.99), lr_mul=5),
-    "resid_lambda": Adam((0.9, 0.99), lr_mul=5),
     "sa_lambda": Adam((0.9, 0.99), lr_mul=5),
     "smear_lambda": Adam((0.9, 0.99), lr_mul=5),
     "skip_lambda": Adam((0.9, 0.99), lr_mul=5),
-    "backout_lambda": Adam((0.9, 0.99), lr_mul=5),
-    "x0_lambda": Adam((0.65, 0.95), lr_mul=5),
+    "resid_attn": Adam((0.9, 0.95), lr_mul=5),
+    "resid_mlp": Adam((0.9, 0.95), lr_mul=5),
+    "post_attn": Adam((0.9, 0.95)),
+    "post_mlp": Adam((0.9, 0.95)),
     "smear_gate": Adam((0.9, 0.99), lr_mul=0.01),
-    "skip_gate": Adam((0.9, 0.99), lr_mul=0.05),
-    "attn_gates": Adam((0.9, 0.99), lr_mul=1, wd_mul=1),
-    "value_gates": Adam((0.9, 0.99), lr_mul=1, wd_mul=1),
+    "value_gates": Adam((0.9, 0.99), wd_mul=1),
+    "gate_scale": replace(GATE_NETWORK, wd_mul=0),
     "value_embeds": Adam((0.75, 0.95), lr_mul=75, wd_mul=5),
-    "head": Adam((0.5, 0.95), lr_mul=1, wd_mul=150),
-    "embed": Adam((0.5, 0.95), lr_mul=1, wd_mul=150),
+    "bigram_embed": Adam((0.75, 0.95), lr_mul=75, wd_mul=5),
+    "head": Adam((0.5, 0.95), wd_mul=150),
+    "embed": Adam((0.5, 0.95), wd_mul=150),
+    **{f"{name}_{part}": GATE_NETWORK for name in ("pre", "post") for part in ("w1", "w2")},
+    **{f"{name}_b": replace(GATE_NETWORK, wd_mul=0) for name in ("pre", "post")},
+    **{f"{name}_{part}": MUDD for name in ("in", "out") for part in ("w1", "w2")},
+    **{f"{name}_b": replace(MUDD, wd_mul=0) for name in ("in", "out")},
 }
-"""The rules of the parameters of `small`; "scalars" stands for all the λ that share its row."""
+"""The rules of the parameters of `small`."""
 
 
 def adam_step(p: Tensor, g: Tensor, state: dict, rule: Adam, lr_factor: float) -> Tensor:
@@ -355,9 +534,7 @@ def adam_step(p: Tensor, g: Tensor, state: dict, rule: Adam, lr_factor: float) -
 def normuon_step(
     bank: Tensor,  # (n, rows, columns)
     g: Tensor,  # (n, rows, columns)
-    state: dict[
-        str, Tensor
-    ],  # {} at first, then `momentum` like bank and `mean_square` (n, rows, 1) or (n, 1, columns)
+    state: dict[str, Tensor],  # {} at first, then `momentum` like bank, `mean_square` (n, rows, 1) or (n, 1, columns)
     rule: NorMuon,
     lr_factor: float,
     momentum: float,
@@ -440,3 +617,39 @@ class ReferenceOptimizer:
             self.state["embed"] = {"count": head["count"], "m": head["m"].T.clone(), "v": head["v"].T.clone()}
         for g in self.accumulated.values():
             g.zero_()
+
+
+# ======================================================================================================================
+# Schedule
+# ======================================================================================================================
+
+
+def stage_starts(scheduled: int) -> list[int]:
+    """First steps of the three stages and of the extension: rounded thirds."""
+    return [round(scheduled * i / 3) for i in range(4)]
+
+
+def split_step(scheduled: int) -> int:
+    """The last step with embed tied to the head: the first of the third stage, made odd as Adam's steps are."""
+    return stage_starts(scheduled)[2] | 1
+
+
+def schedule(step: int, scheduled: int = 1270, extension: int = 15) -> dict[str, object]:
+    """That of `small`: stage (0 to 3, the extension), lr, momentum, prediction_weights (K,), prefix_weight of a step.
+
+    lr multiplies every learning rate. Step scheduled + extension is the final validation.
+    """
+    starts = stage_starts(scheduled)
+    stage = max(i for i in range(4) if step >= starts[i])
+    left = 1 - (step - starts[stage]) / (starts[stage + 1] - starts[stage]) if stage < 3 else 1.0
+    prediction_weights = ([1, 0.5, 0.25 * left], [1, 0.5 * left], [1], [1])[stage]
+    prefix_weight = (0.25, 0.25 * left, 0.0, 0.0)[stage]
+
+    cooldown_start = 2 * scheduled // 5
+    cooled = max(0.0, (step - cooldown_start) / (scheduled - cooldown_start))
+    lr = (1, 1.52, 1.73)[stage] * (1 - cooled) + 0.15 * cooled if stage < 3 else 0.15
+
+    fall_start = scheduled + extension - 50
+    momentum = 0.85 + 0.1 * min(1, step / 300) - 0.1 * max(0, step - fall_start) / 50
+    weights = {"prediction_weights": prediction_weights, "prefix_weight": prefix_weight}
+    return {"stage": stage, "lr": lr, "momentum": momentum} | weights
