@@ -47,17 +47,13 @@ class Decoder:
         self.recent = both[max(len(both) - self.look_back, 0) :]
         return softcapped(x[again:] @ model.head)[:, : model.config.vocab_size]
 
-    def _attention(
-        self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, window: int
-    ) -> Tensor:
+    def _attention(self, q, k, v, cu_seqlens, max_seqlen: int, scale: float, window: int) -> Tensor:
         """As `attention` of train_gpt.py, of the row's queries to the kept keys and those of new tokens."""
         q, k, v, mask = self._seen(q, k, v, window)
         y = torch.nn.functional.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=mask, scale=scale)
         return y[0].transpose(0, 1)
 
-    def _composed_attention(
-        self, q: Tensor, k: Tensor, v: Tensor, mix: Tensor, cu_seqlens: Tensor, scale: float, window: int
-    ) -> Tensor:
+    def _composed_attention(self, q, k, v, mix, cu_seqlens, scale: float, window: int) -> Tensor:
         """As `composed_attention` of train_gpt.py, likewise."""
         q, k, v, mask = self._seen(q, k, v, window)
         scores = (q @ k.mT * scale).to(wide(q.dtype)).masked_fill(~mask, -math.inf)
