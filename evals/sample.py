@@ -32,7 +32,7 @@ class Decoder:
     def __init__(self, model: GPT, settings: Settings):
         self.settings, self.length = settings, 0  # tokens so far
         self.look_back, self.recent = look_back(model.config), []  # the last tokens, as many as are read again
-        self.kept: dict[int, tuple[Tensor, Tensor]] = {}  # keys and values, by the number of the attention in a pass
+        self.kept: dict[int, tuple[Tensor, Tensor]] = {}  # keys and values, by the number of the call in a pass
         self._model = copy.copy(model)  # with the same weights
         self._model.attention, self._model.composed_attention = self._attention, self._composed_attention
 

@@ -58,9 +58,9 @@ def test_a_sibling_of_any_depth_uses_all_that_it_has(track):
         config = replace(scaled(track, WHOLE, Fraction(layers, track.model.num_layers)).model, **narrow)
         assert config.num_layers == layers
         model = random_model(config)
-        model(make_row(tokens, np.array([0]), 30, config), step_settings((5, 9), 8), torch.ones(1).double())[
-            0
-        ].backward()
+        row = make_row(tokens, np.array([0]), 30, config)
+        loss, _ = model(row, step_settings((5, 9), 8), torch.ones(1, dtype=torch.float64))
+        loss.backward()
         for name, p in model.named_parameters():
             assert p.grad is not None and p.grad.any(), f"{name} of {layers} layers"
             assert p.grad.all() or not name.endswith(".bias"), f"{name} of {layers} layers"
