@@ -86,34 +86,34 @@ class Packed:
     spans: list[tuple[int, int, int]]  # (number of the ending, its first and last + 1 position among the targets)
 
 
-def pack(items: list[Item], bos: int, row_tokens: int) -> Iterator[Packed]:
+def pack(items: list[Item], track: Track, row_tokens: int) -> Iterator[Packed]:
     """Rows of `row_tokens` tokens (or of one ending that is longer); endings are numbered through all items.
 
     Every ending with its context is a document of its own after two empty ones. Those shut out what comes before: smear
     and key offset reach one token back across the start of a document, and the second of two lone BOS tokens sees
     nothing but the first, neither by smear (which reads embeddings before smearing) nor by attention (to itself alone).
     """
-    number, tokens, starts, spans = 0, [], [], []
+    bos, number, tokens, starts, spans = track.data.bos, 0, [], [], []
     for item in items:
         for ending in item.endings:
             document = [bos, bos, bos, *item.context, *ending]
             if tokens and len(tokens) + len(document) > row_tokens + 1:
-                yield packed_row(tokens, starts, spans, bos, row_tokens)
+                yield packed_row(tokens, starts, spans, track, row_tokens)
                 tokens, starts, spans = [], [], []
             starts += [len(tokens), len(tokens) + 1, len(tokens) + 2]
             tokens += document
             spans.append((number, len(tokens) - len(ending) - 1, len(tokens) - 1))
             number += 1
-    yield packed_row(tokens, starts, spans, bos, row_tokens)
+    yield packed_row(tokens, starts, spans, track, row_tokens)
 
 
-def packed_row(tokens: list[int], starts: list[int], spans: list, bos: int, row_tokens: int) -> Packed:
+def packed_row(tokens: list[int], starts: list[int], spans: list, track: Track, row_tokens: int) -> Packed:
     """All rows have one length, so that a GPU sees one shape."""
     if len(tokens) <= row_tokens:
         starts = [*starts, len(tokens)]
-        tokens = tokens + [bos] * (row_tokens + 1 - len(tokens))
+        tokens = tokens + [track.data.bos] * (row_tokens + 1 - len(tokens))
     longest = int(np.diff([*starts, len(tokens) - 1]).max())
-    return Packed(make_row(np.array(tokens), np.array(starts), longest, pin=False), spans)
+    return Packed(make_row(np.array(tokens), np.array(starts), longest, track.model), spans)
 
 
 @torch.no_grad()
@@ -133,7 +133,7 @@ def accuracy(trained: Trained, runtime: Runtime, items: list[Item], tokens: int 
     All ranks call it, and share the rows of `tokens` tokens.
     """
     sums = torch.zeros(sum(len(item.endings) for item in items), dtype=torch.float64)
-    rows = pack(items, trained.track.data.bos, tokens)
+    rows = pack(items, trained.track, tokens)
     mine = [row for i, row in enumerate(rows) if i % runtime.world_size == runtime.rank]
     done = len(items) / len(sums)  # items per ending
     total = round(done * sum(len(packed.spans) for packed in mine))

@@ -75,7 +75,7 @@ def plan_memory(track: Track, runtime: Runtime) -> Memory:
     tokens = longest // track.data.rows_per_step
     each = track.model.padded_vocab * (4 if runtime.fused else 24)
     return Memory(
-        weights=size(params.values()),
+        weights=size((*params.values(), *model.buffers())),
         optimizer=size(t for tensors in state.values() for t in tensors.values()),
         gradients=size(params.values()) + size(sums),
         activations=activation_memory(track, runtime, tokens),
@@ -115,8 +115,9 @@ def saved_for_backward(
             network.attention = varlen_attention
         inputs = torch.zeros(tokens, dtype=torch.int64)
         starts = torch.zeros(document_capacity(tokens), dtype=torch.int32)
+        keys = torch.zeros(len(model.ngrams), tokens, dtype=torch.int64)
         with counting() as saved:
-            network(Row(inputs, inputs, starts, tokens), settings, torch.ones(1))
+            network(Row(inputs, inputs, starts, tokens, keys, keys), settings, torch.ones(1))
         for p in network.parameters():
             saved.pop(p.untyped_storage()._cdata, None)
         return sum(saved.values())
@@ -139,10 +140,10 @@ def counting() -> Iterator[dict[int, int]]:
 
 
 def parameter_counts(track: Track) -> tuple[int, int, int]:
-    """Parameters: all, those of matrices (the banks), those of embeddings and head."""
+    """Parameters: all, those of matrices (the banks, and of networks), those of embeddings and head."""
     params = dict(meta_model(track, Runtime(torch.device("meta"))).named_parameters())
     count = lambda *parts: sum(p.numel() for name, p in params.items() if any(part in name for part in parts))
-    return count(""), count("bank"), count("embed", "head")
+    return count(""), count("bank", ".w"), count("embed", "head")
 
 
 def flops_per_token(track: Track, settings: Settings) -> float:
@@ -150,6 +151,7 @@ def flops_per_token(track: Track, settings: Settings) -> float:
     c = track.model
     matrices = parameter_counts(track)[1] + c.width * c.padded_vocab
     keys = sum(settings.windows[layer.long] + 1 for layer in c.layers if layer.attention is not None)
+    keys += c.dc_window * len({*c.dc_layers} & {*c.attention_layers})
     return 6.0 * matrices + 12.0 * c.width * keys
 
 

@@ -17,23 +17,24 @@ import torch
 from torch import Tensor
 
 from shared import Text, at_least, load_model, parser_of, runtime_of
-from train_gpt import GPT, ModelConfig, Settings, main, make_row, softcapped
+from train_gpt import GPT, ModelConfig, Settings, main, make_row, softcapped, wide
 
 
 class Decoder:
     """Goes on with one document: takes its next tokens in, and gives the logits of what follows each.
 
     The model's own layers run over the new tokens, and once more over the few before them that these read otherwise
-    than by attention. Attention alone is another one, which has the keys and values of earlier calls: no more than the
-    windows, so that a token costs the same however long the text has become. Of the layout this knows only `look_back`.
+    than by attention. Attention and its composition alone are others, which have the keys and values of earlier calls:
+    no more than the windows, so that a token costs the same however long the text has become. Of the layout this knows
+    only `look_back`.
     """
 
     def __init__(self, model: GPT, settings: Settings):
         self.settings, self.length = settings, 0  # tokens so far
         self.look_back, self.recent = look_back(model.config), []  # the last tokens, as many as are read again
-        self.kept: dict[int, tuple[Tensor, Tensor]] = {}  # keys and values, by the number of the attention in a pass
+        self.kept: dict[int, tuple[Tensor, Tensor]] = {}  # keys and values, by the number of the call in a pass
         self._model = copy.copy(model)  # with the same weights
-        self._model.attention = self._attention
+        self._model.attention, self._model.composed_attention = self._attention, self._composed_attention
 
     @torch.no_grad()
     def __call__(self, tokens: list[int]) -> Tensor:
@@ -46,10 +47,21 @@ class Decoder:
         self.recent = both[max(len(both) - self.look_back, 0) :]
         return softcapped(x[again:] @ model.head)[:, : model.config.vocab_size]
 
-    def _attention(
-        self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, window: int
-    ) -> Tensor:
-        """As `attention` of train_gpt.py: queries of the whole row, which see the kept keys and those of new tokens.
+    def _attention(self, q, k, v, cu_seqlens, max_seqlen: int, scale: float, window: int) -> Tensor:
+        """As `attention` of train_gpt.py, of the row's queries to the kept keys and those of new tokens."""
+        q, k, v, mask = self._seen(q, k, v, window)
+        y = torch.nn.functional.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=mask, scale=scale)
+        return y[0].transpose(0, 1)
+
+    def _composed_attention(self, q, k, v, mix, cu_seqlens, scale: float, window: int) -> Tensor:
+        """As `composed_attention` of train_gpt.py, likewise."""
+        q, k, v, mask = self._seen(q, k, v, window)
+        scores = (q @ k.mT * scale).to(wide(q.dtype)).masked_fill(~mask, -math.inf)
+        composed = (scores.softmax(-1) * mix.T[..., None]).sum(0).to(v.dtype)
+        return (composed @ v).transpose(0, 1)
+
+    def _seen(self, q: Tensor, k: Tensor, v: Tensor, window: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Queries, and the keys and values of earlier calls and of new tokens, heads first; which of them each sees.
 
         The keys that tokens had before stay: they were made with all that these tokens read.
         """
@@ -61,10 +73,7 @@ class Decoder:
         self.kept[self._attentions] = tuple(x[max(len(x) - most, 0) :] for x in (k, v))
         self._attentions += 1
         back = torch.arange(len(k) - len(q), len(k), device=q.device)[:, None] - torch.arange(len(k), device=q.device)
-        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-        mask = (back >= 0) & (back <= window)
-        y = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-        return y[0].transpose(0, 1)
+        return *(x.transpose(0, 1) for x in (q, k, v)), (back >= 0) & (back <= window)
 
 
 def look_back(config: ModelConfig) -> int:
@@ -72,7 +81,7 @@ def look_back(config: ModelConfig) -> int:
 
     The embedding reads some (smear, n-grams); half a key comes from the token before, with what that one reads.
     """
-    return max(int(config.smear), *(n - 1 for n in config.second_embed), 0) + int(config.key_offset)
+    return max(int(config.smear), *(n - 1 for n in config.ngrams), 0) + int(config.key_offset)
 
 
 def generate(

@@ -9,6 +9,7 @@ All other words are those of train_gpt.py; numbers given there override the sibl
 from __future__ import annotations
 
 import argparse
+import math
 from dataclasses import replace
 from fractions import Fraction
 
@@ -46,7 +47,7 @@ def parse_own(argv: list[str], parser: argparse.ArgumentParser) -> tuple[argpars
 def scaled(track: Track, width: Fraction, depth: Fraction) -> Track:
     """The track with the width and depth of its model multiplied, for experiments.
 
-    Width: fewer heads, or narrower ones where that leaves an odd number to be paired. Matrices need no other learning
+    Width: fewer heads, or narrower ones where that leaves too few to be grouped. Matrices need no other learning
     rate, because NorMuon's update has a spectral norm that does not depend on their size; nor do embeddings, which are
     normed or added entry by entry. The logits are sums over the width of entries that Adam moves by the learning rate:
     that of the head falls as 1/width (its decay stays). The scores of attention are sums over the head's dims of normed
@@ -55,21 +56,7 @@ def scaled(track: Track, width: Fraction, depth: Fraction) -> Track:
     """
     m, s, rules = track.model, track.schedule, track.optimizer.rules
     heads, head_dim = heads_of(m, width)
-    L = layers_of(m, depth)
-    place = lambda layer: round(layer * (L - 1) / max(m.num_layers - 1, 1)) if layer < m.num_layers else layer
-    places = lambda layers: tuple(dict.fromkeys(map(place, layers)))
-    model = replace(
-        m,
-        num_layers=L,
-        num_heads=heads,
-        head_dim=head_dim,
-        without_attention=places(m.without_attention),
-        paired_layers=places(m.paired_layers),
-        long_layers=places(m.long_layers),
-        value_embeds=tuple({place(layer): (place(layer), table) for layer, table in m.value_embeds}.values()),
-        skips=tuple(dict.fromkeys((place(a), place(b)) for a, b in m.skips if place(a) < place(b))),
-        backout_layer=place(m.backout_layer),
-    )
+    model = replace(m.stretched(layers_of(m, depth)), num_heads=heads, head_dim=head_dim)
     actual = model.width / m.width
     slower = {
         name: replace(rule, lr_mul=tuple(lr / actual for lr in rule.lr_mul), wd_mul=rule.wd_mul * actual**2)
@@ -85,25 +72,25 @@ def scaled(track: Track, width: Fraction, depth: Fraction) -> Track:
 
 def heads_of(model: ModelConfig, width: Fraction) -> tuple[int, int]:
     """Heads and dims of each of the model made so much wider. Raises SpeedrunError, with widths that there are."""
-    pairs = 2 if model.paired_layers else 1
-    if found := possible_heads(model, width, pairs):
+    group = math.lcm(model.qk_heads, 2)  # heads share matrices, may be paired, and have gates by halves
+    if found := possible_heads(model, width, group):
         return found
     ends = 2 * int(width + 1)
-    candidates = {Fraction(heads, model.num_heads) for heads in range(pairs, model.num_heads * ends + 1, pairs)}
+    candidates = {Fraction(heads, model.num_heads) for heads in range(group, model.num_heads * ends + 1, group)}
     candidates |= {Fraction(dims, model.head_dim) for dims in range(4, model.head_dim * ends + 1, 4)}
-    possible = {w: found for w in candidates if (found := possible_heads(model, w, pairs))}
+    possible = {w: found for w in candidates if (found := possible_heads(model, w, group))}
     near = sorted(sorted(possible, key=lambda w: abs(w - width))[:4])
     words = (f"{w} ({possible[w][0]} heads of {possible[w][1]})" for w in near)
     raise SpeedrunError(
-        f"--width {float(width):g}: not possible with {model.num_heads} heads of {model.head_dim} dims (a multiple of "
-        f"4){' in pairs' if pairs == 2 else ''}. Possible and near are {', '.join(words)}."
+        f"--width {float(width):g}: not possible with {model.num_heads} heads (a multiple of {group}) of "
+        f"{model.head_dim} dims (a multiple of 4). Possible and near are {', '.join(words)}."
     )
 
 
-def possible_heads(model: ModelConfig, width: Fraction, pairs: int) -> tuple[int, int] | None:
-    """Fewer or more heads where a whole number of pairs is left, else narrower or wider ones; None where neither is."""
+def possible_heads(model: ModelConfig, width: Fraction, group: int) -> tuple[int, int] | None:
+    """Fewer or more heads where whole groups are left, else narrower or wider ones; None where neither is."""
     heads, dims = model.num_heads * width, model.head_dim * width
-    if heads.denominator == 1 and heads % pairs == 0:
+    if heads.denominator == 1 and heads % group == 0:
         found = int(heads), model.head_dim
     elif dims.denominator == 1 and dims % 4 == 0:
         found = model.num_heads, int(dims)

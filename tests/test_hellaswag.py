@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPO, cpu, run_process, torchrun
-from test_model import CONFIGS, random_model
+from test_model import random_model
 
 import train_gpt
 from hellaswag import accuracy, hellaswag, pack, read_hellaswag, token_losses
 from shared import Trained
-from train_gpt import GPT, NANO, SpeedrunError
+from train_gpt import GPT, NANO, TRACKS, SpeedrunError
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def one_by_one(model: GPT, track: train_gpt.Track, items: list, settings: train_
         sums = []
         for ending in item.endings:
             tokens = np.array([track.data.bos] * 3 + item.context + ending)
-            row = train_gpt.make_row(tokens, np.array([0, 1, 2]), len(tokens), pin=False)
+            row = train_gpt.make_row(tokens, np.array([0, 1, 2]), len(tokens), track.model)
             log_probs = model.logits(row, settings).log_softmax(1)
             last = range(len(tokens) - 1 - len(ending), len(tokens) - 1)
             sums.append(-sum(log_probs[t, tokens[t + 1]].item() for t in last))
@@ -49,16 +49,15 @@ def one_by_one(model: GPT, track: train_gpt.Track, items: list, settings: train_
 @pytest.mark.parametrize("name", ["nano", "small", "medium"])
 def test_packed_items_score_as_one_by_one(questions, name):
     """Every loss to 1e-9, hence every choice. Catches: a target off by one, the space before the ending forgotten,
-    anything of one item that reaches the next."""
-    config = replace(CONFIGS[name], head_dim=8, num_heads=4 if name == "medium" else CONFIGS[name].num_heads)
-    config = replace(config, vocab_size=257, vocab_multiple=16)
+    anything of one item that reaches the next, as n-grams or heads that are composed may."""
+    config = replace(TRACKS[name].model, head_dim=8, num_heads=4, vocab_size=257, vocab_multiple=16, ngram_rows=384)
     model, track = random_model(config), replace(NANO, model=config)
     settings = track.validation_at(510)
     items = read_hellaswag(str(questions), track)
     assert len(items) == 23 and bytes(items[0].endings[0]).startswith(b" ")
     expected = one_by_one(model, track, items, settings)
     sums = [None] * 92
-    rows = list(pack(items, track.data.bos, 300))
+    rows = list(pack(items, track, 300))
     assert len(rows) > 5
     for packed in rows:
         losses = token_losses(model, packed.row, settings)

@@ -8,37 +8,51 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import BOS, REPO, cpu, run_process, tiny_track
 from scipy import stats
-from test_model import CONFIGS, error, make_row, random_model, step_settings
+from test_model import error, random_model, step_settings
 
 import train_gpt
 from sample import Decoder, generate, look_back, sample
 from shared import Text, load_model, rebuild
-from train_gpt import CheckpointError, Options, text_sample, train
+from train_gpt import TRACKS, CheckpointError, ModelConfig, Options, Row, text_sample, train
+
+# The layouts of the tracks, narrow, and one with what they leave out: a paired layer with the key offset, a token's own
+# n-gram beside longer ones.
+NARROW = {"num_heads": 4, "head_dim": 8, "vocab_size": 300, "ngram_rows": 389, "dc_window": 9}
+LAYOUTS = {name: replace(track.model, **NARROW) for name, track in TRACKS.items()}
+LAYOUTS["medley"] = replace(LAYOUTS["small"], long_layers=(0, 3, 10), ngrams=(1, 4), ngram_norm=True)
+
+
+def document(num_tokens: int, config: ModelConfig) -> Row:
+    """A row of random tokens that are one document."""
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, num_tokens + 1)
+    return train_gpt.make_row(tokens, np.array([0]), num_tokens, config)
 
 
 @pytest.mark.parametrize("pieces", [[1] * 67, [67], [5, 1, 1, 30, 2, 28]])
 @pytest.mark.parametrize("windows", [(5, 11), (70, 90)])
-@pytest.mark.parametrize("name", ["nano", "small", "medley"])
+@pytest.mark.parametrize("name", LAYOUTS)
 def test_a_decoder_gives_the_logits_of_the_whole_text(name, windows, pieces):
-    """In float64, token by token and in pieces. Catches: a window off by one, positions that start anew, paired heads
-    that see themselves, too few tokens read again, keys of those that replace the better ones from before."""
-    config = CONFIGS[name]
+    """In float64, token by token and in pieces. Catches: a window off by one, that of composed heads as well, positions
+    that start anew, paired heads that see themselves, too few tokens read again, n-grams that end where a piece does,
+    keys of those read again that replace the better ones from before."""
+    config = LAYOUTS[name]
     model, at = random_model(config), step_settings(windows, config.head_dim)
-    row, decode = make_row(67, [0], config.vocab_size), Decoder(model, at)
+    row, decode = document(67, config), Decoder(model, at)
     found = torch.cat([decode(tokens.tolist()) for tokens in row.inputs.split(pieces)])
     assert error(found, model.logits(row, at)[:, : config.vocab_size]) < 1e-11
     assert found.size(1) == config.vocab_size < config.padded_vocab, "no token of the padding may be drawn"
 
 
-@pytest.mark.parametrize("change", [{"smear": False}, {"key_offset": False}, {"second_embed": ()}])
+@pytest.mark.parametrize("change", [{"smear": False}, {"key_offset": False}, {"ngrams": ()}, {"ngrams": (2,)}])
 def test_a_decoder_reads_from_the_layout_how_far_its_parts_look_back(change):
     """That the test above can fail: one token less is too few, with and without each part that looks back."""
-    config = replace(CONFIGS["medley"], **change)
-    model, at, row = random_model(config), step_settings((5, 11), config.head_dim), make_row(20, [0], 300)
+    config = replace(LAYOUTS["medley"], **change)
+    model, at, row = random_model(config), step_settings((5, 11), config.head_dim), document(20, config)
     expected = model.logits(row, at)[:, :300]
     for less in (0, 1):
         decode = Decoder(model, at)
@@ -49,13 +63,15 @@ def test_a_decoder_reads_from_the_layout_how_far_its_parts_look_back(change):
 
 
 def test_what_a_decoder_keeps_stays_as_small_as_the_windows():
-    """The cost of a token must not grow with the text: nothing that is kept does."""
-    config = CONFIGS["medley"]
+    """The cost of a token must not grow with the text: nothing that is kept does, composed heads' keys (the last)
+    least of all."""
+    config = LAYOUTS["medley"]
     decode, sizes = Decoder(random_model(config), step_settings((5, 11), config.head_dim)), []
     for _ in range(6):
-        decode(make_row(50, [0], config.vocab_size).inputs.tolist())
+        decode(document(50, config).inputs.tolist())
         sizes.append([len(keys) for keys, _ in decode.kept.values()])
     assert sizes[0] == sizes[-1] and max(sizes[0]) <= 11 + 2 * decode.look_back
+    assert len(sizes[0]) == 11 and sizes[0][-1] == 8 + decode.look_back
 
 
 def always(logits: torch.Tensor):
@@ -111,16 +127,17 @@ def test_export_and_checkpoint_give_the_model_back(trained):
     """Catches: padding of the banks exported, a field of the track lost, weights under another name."""
     exported, saved = (load_model(path, cpu()) for path in (trained / "export", *(trained / "checkpoints").iterdir()))
     assert exported.track == saved.track == tiny_track() and exported.step == saved.step == 20
-    row = make_row(40, [0], 257)
+    row = document(40, exported.track.model)
     logits = [model.logits(row, exported.settings) for model in (exported.model, saved.model)]
     assert torch.equal(*logits)
     padded = train_gpt.GPT(exported.track.model, cpu(world_size=8))
-    assert len(padded.attn_bank) > len(exported.model.attn_bank) or len(padded.mlp_bank) > len(exported.model.mlp_bank)
+    sizes = lambda model: [len(p) for name, p in model.named_parameters() if "bank" in name]
+    assert sizes(padded) != sizes(exported.model), "the test needs a bank that was padded"
 
 
 def test_every_track_survives_its_settings():
-    """Catches: a type of field that `rebuild` does not know, such as nested tuples or a tuple of stages."""
-    for track in train_gpt.TRACKS.values():
+    """Catches: a type of field that `rebuild` does not know: nested tuples, of names as well, no layer, stages."""
+    for track in TRACKS.values():
         assert rebuild(train_gpt.Track, json.loads(json.dumps(train_gpt.flatten(track)))) == track
 
 

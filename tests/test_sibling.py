@@ -2,14 +2,18 @@
 
 import re
 import sys
+from dataclasses import replace
 from fractions import Fraction
 
+import numpy as np
 import pytest
+import torch
 from conftest import REPO, cpu, run_process, tiny_options
+from test_model import random_model, step_settings
 
 from plan import meta_model
 from sibling import own_parser, parse_own, scaled, sibling
-from train_gpt import MEDIUM, SMALL, TRACKS, SpeedrunError
+from train_gpt import MEDIUM, SMALL, TRACKS, SpeedrunError, make_row
 
 WHOLE, HALF = Fraction(1), Fraction(1, 2)
 
@@ -24,14 +28,42 @@ def test_a_scaled_track_keeps_its_recipe():
     before, after = SMALL.optimizer.rules.head, half.optimizer.rules.head
     decay = lambda rule: rule.lr_mul[0] ** 2 * rule.wd_mul
     assert decay(after) == pytest.approx(decay(before))
-    assert {layer for layer, _ in m.value_embeds} <= set(range(m.num_layers)) and m.backout_layer < m.num_layers
+    assert set(m.value_layers) <= set(range(m.num_layers)) and m.ngram_rows == SMALL.model.ngram_rows
     assert 0 in m.paired_layers and m.num_layers - 1 in m.long_layers, "the first and the last keep their roles"
+    assert m.dc_layers == (m.mixing_layer,) == (m.num_layers - 1,)
     quarter = scaled(MEDIUM, HALF / 2, WHOLE).model
     assert (quarter.num_heads, quarter.head_dim) == (2, 128)
     assert scaled(SMALL, WHOLE, WHOLE) == SMALL
     for track in TRACKS.values():
         for factors in ((HALF, WHOLE), (WHOLE, HALF), (2 * WHOLE, WHOLE), (HALF / 2, Fraction("0.3"))):
             meta_model(scaled(track, *factors), cpu())
+
+
+@pytest.mark.parametrize(
+    "alone", [{"qk_heads": 1, "paired_layers": ()}, {"qk_heads": 1, "mix_in": ()}, {"qk_heads": 4, "num_heads": 12}]
+)
+def test_heads_stay_as_many_as_their_groups_take(alone):
+    """Half of six would be too few for gates by halves and for pairs, half of twelve for matrices of four heads."""
+    model = scaled(replace(SMALL, model=replace(SMALL.model, **alone)), HALF, WHOLE).model
+    assert (model.num_heads, model.head_dim) == (alone.get("num_heads", 6), 64)
+
+
+@pytest.mark.parametrize("track", TRACKS.values(), ids=TRACKS)
+def test_a_sibling_of_any_depth_uses_all_that_it_has(track):
+    """Every parameter and every coefficient has a gradient. Catches: roles of two layers that exclude each other on
+    one, a network that waits for a stream that never comes, a stream of a layer that is gone."""
+    narrow = {"num_heads": 2, "head_dim": 8, "vocab_size": 60, "ngram_rows": 97}
+    tokens = np.random.default_rng(0).integers(0, 60, 31)
+    for layers in range(1, min(track.model.num_layers, 16) + 1):
+        config = replace(scaled(track, WHOLE, Fraction(layers, track.model.num_layers)).model, **narrow)
+        assert config.num_layers == layers
+        model = random_model(config)
+        row = make_row(tokens, np.array([0]), 30, config)
+        loss, _ = model(row, step_settings((5, 9), 8), torch.ones(1, dtype=torch.float64))
+        loss.backward()
+        for name, p in model.named_parameters():
+            assert p.grad is not None and p.grad.any(), f"{name} of {layers} layers"
+            assert p.grad.all() or not name.endswith(".bias"), f"{name} of {layers} layers"
 
 
 @pytest.mark.parametrize("track", TRACKS.values(), ids=TRACKS)
