@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import functools
 import json
 import math
 import re
@@ -27,7 +28,7 @@ from pathlib import Path
 from scipy import stats
 
 from accepted import Accepted, Competition, accept, unaccepted
-from runlogs import Log, LogError, parse_source, read_logs
+from runlogs import Log, LogError, finite, read_logs
 
 P_MAX = 0.01  # for "below the target" and for "faster"
 MAX_REASONS = 10  # per rule and log
@@ -83,8 +84,7 @@ def summary(values: list[float]) -> tuple[float | None, float | None, float | No
 def final_values(logs: list[Log]) -> tuple[list[float], list[float]]:
     """Losses of the last validation and training times in seconds there, of the logs that have them."""
     finals = [log.final for log in logs if log.final is not None]
-    losses = [event.val_loss for event in finals if math.isfinite(event.val_loss)]
-    return losses, [event.seconds for event in finals if event.seconds is not None and math.isfinite(event.seconds)]
+    return [loss for _, loss in finite(finals, "val_loss")], [seconds for _, seconds in finite(finals, "seconds")]
 
 
 def compare(losses: list[float], times: list[float], against: list[Log]) -> dict[str, object]:
@@ -301,7 +301,7 @@ def broken_rules(
             reasons[MAX_REASONS - 1 :] = [f"and {len(reasons) - MAX_REASONS + 1} more like these"]
         broken.extend({"file": str(log.path), "rule": rule, "reason": reason} for reason in reasons)
 
-    trees: dict[str, ast.Module] = {}
+    parse = functools.cache(ast.parse)  # most logs of a set begin with the same text
     official, everyone = competition.official_shards(), [*logs, *against]
     for log in everyone:
         add("complete", log, complete(log))
@@ -312,9 +312,9 @@ def broken_rules(
         if log.source is None:
             continue
         try:
-            tree = trees.get(log.source) or trees.setdefault(log.source, parse_source(log))
-        except LogError as error:
-            add("source", log, [str(error)])
+            tree = parse(log.source)
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+            add("source", log, [f"the source at its top is not Python ({error})"])
             continue
         add("data", log, unaccepted(tree, accepted.data_code))
         add("validation", log, chain(competition.unofficial(log), competition.unofficial_in(tree)))
@@ -350,7 +350,7 @@ def judge(logs: list[Log], against: list[Log], command: argparse.Namespace) -> d
         raise LogError("the logs do not name their track: add --track")
     accepted = Accepted.read()
     competition = accepted.competition_of_set(logs, name)
-    lacking = [log for log in logs if log.final is None or not math.isfinite(log.final.val_loss)]
+    lacking = [log for log in logs if not finite(log.val[-1:], "val_loss")]
     if lacking and (command.no_rules or len(lacking) == len(logs)):
         raise LogError(f"{lacking[0].path}: no finite loss of a last validation, so there is nothing to judge")
     given, rules = command.track is not None, not command.no_rules

@@ -188,9 +188,10 @@ def test_rows_of_another_source_are_not_mixed_or_dropped_silently(tmp_path, monk
     assert ablate.read_csv(folder / "ablation.csv", Result) == before
     code, out = command(monkeypatch, capsys, *words, tmp_path / "mine")
     assert code is None and "| no smear | 1 |" in out
-    monkeypatch.setattr(ablate, "digest", lambda source: "changed")  # while the next run goes on
-    code, _ = command(monkeypatch, capsys, *words, tmp_path / "mine")
-    assert "has 2 rows of another train_gpt.py" in code
+    edited = lambda track, variant, seed, *_: Result(variant, seed, 1.2, 20.0, 18.0, "edited meanwhile")
+    monkeypatch.setattr(ablate, "run", edited)
+    code, _ = command(monkeypatch, capsys, *words[:-2], 2, "--out", tmp_path / "mine")
+    assert "has 2 rows of another train_gpt.py (edited meanwhile" in code
 
 
 def test_what_is_complete_counts_when_it_is_interrupted(tmp_path, monkeypatch, capsys):

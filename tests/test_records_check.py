@@ -867,7 +867,7 @@ def test_user_errors(tmp_path, capsys):
         "empty": "no *.txt in this folder",
         "empty.txt": "is it a log?",
         "binary.txt": "not text",
-        "zeros.txt": "not text",
+        "zeros.txt": "is it a log?",
         "text.txt": "is it a log?",
     }.items():
         for arguments in ([tmp_path / name], [good, tmp_path / name], [good, "--against", tmp_path / name]):
