@@ -149,25 +149,19 @@ def complete(log: Log) -> Iterator[str]:
 def clock(log: Log) -> Iterator[str]:
     """Every line has a time, times never fall, and each average is the time over the steps.
 
-    Old public runs begin their clock anew after 10 steps, until which averages are NaN.
+    Logs of other programs may have no averages at all.
     """
-    averages = [event.average for event in log.events]
-    untimed = 10 if any(average is not None and math.isnan(average) for average in averages) else 0
+    averaged = log.track is not None or any(event.average is not None for event in log.events)
     before = 0.0
     for event in log.events:
         at = f"line {event.line}"
         if event.seconds is None or not math.isfinite(event.seconds):
             yield f"{at}: no training time"
             continue
-        if event.average is None:
-            if any(average is not None for average in averages) or log.track is not None:
-                yield f"{at}: no average"
-        elif math.isnan(event.average):
-            if event.step > untimed + 1:
-                yield f"{at}: the average is NaN at step {event.step}"
-            continue
-        else:
-            steps = max(event.step - untimed, 1)
+        steps = max(event.step, 1)
+        if event.average is None and averaged:
+            yield f"{at}: no average"
+        elif averaged:
             expected = event.average * steps
             if not abs(expected - event.seconds) <= 1e-3 + 6e-6 * steps + 1e-4 * event.seconds:  # rounding
                 yield f"{at}: {event.seconds:.3f} s, but its average over {steps} steps gives {expected:.3f} s"

@@ -99,9 +99,7 @@ class Log:
         """Training tokens of the first `step` steps by the schedule in the settings; None where that is not there."""
         try:
             scheduled = int(self.settings["schedule.scheduled_steps"])
-            stages = []
-            while (key := f"schedule.stages.{len(stages)}.tokens") in self.settings:
-                stages.append(int(self.settings[key]))
+            stages = [int(n) for key, n in self.settings.items() if re.fullmatch(r"schedule\.stages\.\d+\.tokens", key)]
             bounds = [scheduled * i // len(stages) for i in range(len(stages) + 1)]
             extension = int(self.settings["schedule.extension.tokens"]) if step > scheduled else 0
         except (KeyError, ValueError, ZeroDivisionError):

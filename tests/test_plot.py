@@ -417,7 +417,7 @@ def test_wrong_commands_are_messages(tmp_path: Path, command):
     log, empty = make_log(tmp_path / "run.txt", steps=20), tmp_path / "empty"
     empty.mkdir()
     for arguments, message in (
-        ([], "nothing to draw"),
+        ([], "expected logs, or sets"),
         ([tmp_path / "nowhere.txt"], "nowhere.txt: No such file"),
         ([empty], "no *.txt in this folder"),
         (["--set", "A", log], "add --out PNG"),
@@ -425,7 +425,7 @@ def test_wrong_commands_are_messages(tmp_path: Path, command):
         (["--set", log, log, "--out", "a.png"], "expected a name, then logs"),
         ([log, "--out", "a.pdf"], "pictures are PNG"),
         ([log, "--out", tmp_path / "none" / "a.png"], "No such file"),
-        (["--history", log], "neither logs nor sets"),
+        (["--history", log], "or --history alone"),
     ):
         answer = command(*arguments)
         assert answer.startswith("records/plot.py: error: ") and message in answer, answer
