@@ -51,27 +51,20 @@ Broken = dict[str, str]  # "file", "rule" and "reason": a rule that a log breaks
 # ---- statistics ----
 
 
-def p_below(losses: list[float], target: float) -> float | None:
-    """One-sided one-sample t-test: p of the hypothesis that the mean is not below target. None for fewer than 2."""
-    if len(losses) < 2:
-        return None
-    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # equal values; they are rounded
-        p = float(stats.ttest_1samp(losses, target, alternative="less").pvalue)
-    return 1.0 if math.isnan(p) else p  # NaN: all of them are the target
-
-
-def welch(a: list[float], b: list[float], alternative: str) -> tuple[float | None, list[float | None] | None]:
-    """Welch's t-test of mean(a) against mean(b): p and, for "two-sided", the 95 % interval of mean(a) - mean(b).
+def t_test(ours: list[float], other: float | list[float], alternative: str) -> tuple[float | None, list | None]:
+    """t-test of mean(ours) against a number, or Welch's against mean(other): p and the 95 % interval of the difference.
 
     `alternative` is "less" or "two-sided". Both results are None for fewer than 2 values on a side.
     """
-    if min(len(a), len(b)) < 2:
+    if min(len(values) for values in (ours, other) if isinstance(values, list)) < 2:
         return None, None
-    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):
-        result = stats.ttest_ind(a, b, equal_var=False, alternative=alternative)
-        interval = result.confidence_interval(0.95) if alternative == "two-sided" else ()
-    bounds = [float(x) if math.isfinite(x) else None for x in interval]  # JSON has no other numbers
-    return 1.0 if math.isnan(result.pvalue) else float(result.pvalue), bounds or None
+    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # equal values; they are rounded
+        if isinstance(other, list):
+            result = stats.ttest_ind(ours, other, equal_var=False, alternative=alternative)
+        else:
+            result = stats.ttest_1samp(ours, other, alternative=alternative)
+        interval = [float(x) if math.isfinite(x) else None for x in result.confidence_interval(0.95)]  # for JSON
+    return 1.0 if math.isnan(result.pvalue) else float(result.pvalue), interval  # NaN: all values are the same
 
 
 def summary(values: list[float]) -> tuple[float | None, float | None, float | None]:
@@ -99,10 +92,10 @@ def compare(losses: list[float], times: list[float], against: list[Log]) -> dict
         "times": their_times,
         "time_mean": their_mean,
         "time_difference": mean - their_mean if known else None,
-        "time_interval": welch(times, their_times, "two-sided")[1],
+        "time_interval": t_test(times, their_times, "two-sided")[1],
         "ratio": their_mean / mean if known and mean > 0 else None,
-        "time_p": welch(times, their_times, "less")[0],
-        "loss_p": welch(losses, their_losses, "two-sided")[0],
+        "time_p": t_test(times, their_times, "less")[0],
+        "loss_p": t_test(losses, their_losses, "two-sided")[0],
     }
 
 
@@ -359,7 +352,7 @@ def judge(logs: list[Log], against: list[Log], command: argparse.Namespace) -> d
         "losses": losses,
         "mean": mean,
         "std": std,
-        "p": p_below(losses, competition.target_loss),
+        "p": t_test(losses, competition.target_loss, "less")[0],
         "times": times,
         "time_mean": time_mean,
         "time_median": time_median,

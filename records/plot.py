@@ -53,12 +53,10 @@ class RunSet:
     logs: list[Log]
     smoothing: int = 1  # training losses per running mean
 
-    def last_validations(self) -> list[tuple[Log, Event]]:
-        return [(log, event) for log in self.logs for event, _ in finite(log.events, "val_loss")[-1:]]
-
     def finals(self) -> list[tuple[Log, Event]]:
         """The last validation of each run that has one at its last step."""
-        return [(log, event) for log, event in self.last_validations() if event.total in (None, event.step)]
+        last = [(log, event) for log in self.logs for event, _ in finite(log.events, "val_loss")[-1:]]
+        return [(log, event) for log, event in last if event.total in (None, event.step)]
 
     def drawn(self) -> list[Log]:
         """The finished runs; all where none is. A run that ends early would bend the mean of the others."""
@@ -68,14 +66,14 @@ class RunSet:
         """For the legend, such as "nano: 1.0763 ± 0.0042 (n=10), 91.2 s"; ± is the standard deviation of the runs."""
         finals = [event for _, event in self.finals()]
         if not finals:
-            last = [event for _, event in self.last_validations()]
+            last = [event for event, _ in finite(self.logs[0].events, "val_loss")[-1:]]
             if len(self.logs) == len(last) == 1:
                 return f"{self.name}: {last[0].val_loss:.4f} at step {last[0].step:,} of {last[0].total:,}"
             return f"{self.name}: no final validation"
         text = f"{self.name}: {statistics.fmean(event.val_loss for event in finals):.4f}"
         if len(finals) > 1:
             text += f" ± {statistics.stdev(event.val_loss for event in finals):.4f} (n={len(finals)})"
-        seconds = [event.seconds for event in finals if event.seconds is not None and math.isfinite(event.seconds)]
+        seconds = [seconds for _, seconds in finite(finals, "seconds")]
         text += f", {statistics.fmean(seconds):,.1f} s" if seconds else ""
         missing = len(self.logs) - len(finals)
         return text + (f"; {missing} unfinished left out" if missing else "")
