@@ -112,12 +112,10 @@ TRACK: Candidate = ("track", "")
 
 
 def draw(count: int, seed: int) -> list[Candidate]:
-    """The track, and `count` different candidates, fewer if there are no more: each has one to three changes to it."""
+    """The track, and `count` different candidates: each has one to three changes to it."""
     generator, found = random.Random(seed), {"": TRACK}
-    for _ in range(1000 * count):
-        if len(found) > count:
-            break
-        names = sorted(generator.sample(list(SPACE), min(generator.choice((1, 1, 2, 3)), len(SPACE))))
+    while len(found) <= count:
+        names = sorted(generator.sample(list(SPACE), generator.choice((1, 1, 2, 3))))
         words = " ".join(generator.choice(SPACE[name]) for name in names)
         found.setdefault(words, (", ".join(names), words))
     return list(found.values())

@@ -402,6 +402,8 @@ def test_a_bad_history_is_a_message(tmp_path: Path, rows: str, message: str):
         (f"source\n{LINE}\nenvironment\n{LINE}\nstep:1/9 train_time:5ms\n".encode(), "no finite loss"),
         (f"{LINE}\n{LINE}\nstep:1/9 train_loss:nan train_time:5ms\n".encode(), "no finite loss"),
         (f"{LINE}\n{LINE}\nstep:1/9 val_loss:4.1 train_\n".encode(), "line 3: expected key:value"),
+        (f"{LINE}\n{LINE}\nstep:1/9 val_loss:4.1s train_time:5ms\n".encode(), "line 3: val_loss is not a number"),
+        (f"{LINE}\n{LINE}\nstep:1/9 val_loss:4.1 train_time:5h\n".encode(), "train_time is not a time such as"),
         (b"\x89PNG\r\n\x1a\n\xff\xfe", "not text"),
     ],
 )

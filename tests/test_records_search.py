@@ -33,11 +33,6 @@ def test_candidates_are_different_and_the_same_each_time():
     assert found[0] == TRACK and len({words for _, words in found}) == len(found) == 31
 
 
-def test_a_space_that_is_too_small_ends(monkeypatch):
-    monkeypatch.setattr(search, "SPACE", {"smear": ["--model.no-smear"]})
-    assert [words for _, words in draw(5, seed=0)] == ["", "--model.no-smear"]
-
-
 def options_of(tmp_path, **changes) -> argparse.Namespace:
     values = {"candidates": 9, "steps": 300, "seed": 0, "jobs": 1, "out": tmp_path}
     return argparse.Namespace(**values | changes)
@@ -83,7 +78,12 @@ def test_a_real_round(tmp_path, tiny_data, monkeypatch):
     monkeypatch.setattr(search, "DATA", tiny_data)
     common = ("--data-dir", str(tiny_data), "--sample-tokens", "0", "--device", "cpu", "--dtype", "float32")
     monkeypatch.setattr(search, "COMMON", (*common, *tiny_options(), "--data.rows-per-step", "1"))
-    monkeypatch.setattr(search, "SPACE", {"gates": ["--model.no-attention-gates"], "smear": ["--model.no-smear"]})
+    space = {
+        "gates": ["--model.no-attention-gates"],
+        "smear": ["--model.no-smear"],
+        "backout": ["--model.backout-layer 1"],
+    }
+    monkeypatch.setattr(search, "SPACE", space)
     search.search(options_of(tmp_path, candidates=1, steps=18), tmp_path / "search.csv")
     trials = read_csv(tmp_path / "search.csv", Trial)
     assert len(trials) == 2 and {t.seed for t in trials} == {0}
