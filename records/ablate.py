@@ -181,7 +181,7 @@ def own_rows(path: Path) -> list[Result]:
     if others := [row for row in rows if row.source != ours]:
         raise LogError(
             f"{path} has {len(others)} rows of another train_gpt.py ({others[0].source or 'unknown'}, ours is {ours}), "
-            "which do not mix. Add --out FOLDER for a table of your own, or delete it to begin anew."
+            "which do not mix. Add --out FOLDER for a table of your own, or delete the file to begin anew."
         )
     return rows
 
