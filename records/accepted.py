@@ -9,7 +9,6 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
-import math
 import re
 import sys
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ from runlogs import Log, LogError
 
 REPO = Path(__file__).resolve().parents[1]
 ACCEPTED = Path(__file__).with_suffix(".json")
-BANNER = re.compile(r"^# -+\n# (.*)\n# -+$", re.MULTILINE)
+DATA_SECTION = re.compile(r"^# -+\n# Data: [^\n]*\n# -+\n(.*?)^# -+\n# ", re.MULTILINE | re.DOTALL)
 DEFINITION = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
@@ -164,13 +163,10 @@ def data_code(path: Path) -> dict[str, str]:
     """
     try:
         text = path.read_text(encoding="utf-8")
-        found = definitions(ast.parse(text))
+        found, match = definitions(ast.parse(text)), DATA_SECTION.search(text)
     except (OSError, SyntaxError, ValueError) as error:
         raise LogError(f"{path}: cannot be read as Python ({error})") from error
-    banners = [(text.count("\n", 0, m.start()) + 1, m[1]) for m in BANNER.finditer(text)]
-    begin = next((line for line, title in banners if title.startswith("Data: ")), math.inf)
-    end = next((line for line, _ in banners if line > begin), math.inf)
-    section = [name for name, statements in found.items() if begin < statements[0].lineno < end]
+    section = match and definitions(ast.parse(match[1]))
     if not section or len(found.get("Trainer.validate", [])) != 1:
         raise LogError(f"{path}: expected a section '# Data: ...' and one Trainer.validate")
     return {name: digest(found[name][0]) for name in (*section, "Trainer.validate")}

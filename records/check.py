@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import functools
 import json
 import math
 import re
@@ -27,7 +28,7 @@ from pathlib import Path
 from scipy import stats
 
 from accepted import Accepted, Competition, accept, unaccepted
-from runlogs import Log, LogError, parse_source, read_logs
+from runlogs import Log, LogError, finite, read_logs
 
 P_MAX = 0.01  # for "below the target" and for "faster"
 MAX_REASONS = 10  # per rule and log
@@ -50,27 +51,20 @@ Broken = dict[str, str]  # "file", "rule" and "reason": a rule that a log breaks
 # ---- statistics ----
 
 
-def p_below(losses: list[float], target: float) -> float | None:
-    """One-sided one-sample t-test: p of the hypothesis that the mean is not below target. None for fewer than 2."""
-    if len(losses) < 2:
-        return None
-    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # equal values; they are rounded
-        p = float(stats.ttest_1samp(losses, target, alternative="less").pvalue)
-    return 1.0 if math.isnan(p) else p  # NaN: all of them are the target
-
-
-def welch(a: list[float], b: list[float], alternative: str) -> tuple[float | None, list[float | None] | None]:
-    """Welch's t-test of mean(a) against mean(b): p and, for "two-sided", the 95 % interval of mean(a) - mean(b).
+def t_test(ours: list[float], other: float | list[float], alternative: str) -> tuple[float | None, list | None]:
+    """t-test of mean(ours) against a number, or Welch's against mean(other): p and the 95 % interval of the difference.
 
     `alternative` is "less" or "two-sided". Both results are None for fewer than 2 values on a side.
     """
-    if min(len(a), len(b)) < 2:
+    if min(len(values) for values in (ours, other) if isinstance(values, list)) < 2:
         return None, None
-    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):
-        result = stats.ttest_ind(a, b, equal_var=False, alternative=alternative)
-        interval = result.confidence_interval(0.95) if alternative == "two-sided" else ()
-    bounds = [float(x) if math.isfinite(x) else None for x in interval]  # JSON has no other numbers
-    return 1.0 if math.isnan(result.pvalue) else float(result.pvalue), bounds or None
+    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # equal values; they are rounded
+        if isinstance(other, list):
+            result = stats.ttest_ind(ours, other, equal_var=False, alternative=alternative)
+        else:
+            result = stats.ttest_1samp(ours, other, alternative=alternative)
+        interval = [float(x) if math.isfinite(x) else None for x in result.confidence_interval(0.95)]  # for JSON
+    return 1.0 if math.isnan(result.pvalue) else float(result.pvalue), interval  # NaN: all values are the same
 
 
 def summary(values: list[float]) -> tuple[float | None, float | None, float | None]:
@@ -83,8 +77,7 @@ def summary(values: list[float]) -> tuple[float | None, float | None, float | No
 def final_values(logs: list[Log]) -> tuple[list[float], list[float]]:
     """Losses of the last validation and training times in seconds there, of the logs that have them."""
     finals = [log.final for log in logs if log.final is not None]
-    losses = [event.val_loss for event in finals if math.isfinite(event.val_loss)]
-    return losses, [event.seconds for event in finals if event.seconds is not None and math.isfinite(event.seconds)]
+    return [loss for _, loss in finite(finals, "val_loss")], [seconds for _, seconds in finite(finals, "seconds")]
 
 
 def compare(losses: list[float], times: list[float], against: list[Log]) -> dict[str, object]:
@@ -99,10 +92,10 @@ def compare(losses: list[float], times: list[float], against: list[Log]) -> dict
         "times": their_times,
         "time_mean": their_mean,
         "time_difference": mean - their_mean if known else None,
-        "time_interval": welch(times, their_times, "two-sided")[1],
+        "time_interval": t_test(times, their_times, "two-sided")[1],
         "ratio": their_mean / mean if known and mean > 0 else None,
-        "time_p": welch(times, their_times, "less")[0],
-        "loss_p": welch(losses, their_losses, "two-sided")[0],
+        "time_p": t_test(times, their_times, "less")[0],
+        "loss_p": t_test(losses, their_losses, "two-sided")[0],
     }
 
 
@@ -149,25 +142,19 @@ def complete(log: Log) -> Iterator[str]:
 def clock(log: Log) -> Iterator[str]:
     """Every line has a time, times never fall, and each average is the time over the steps.
 
-    Old public runs begin their clock anew after 10 steps, until which averages are NaN.
+    Logs of other programs may have no averages at all.
     """
-    averages = [event.average for event in log.events]
-    untimed = 10 if any(average is not None and math.isnan(average) for average in averages) else 0
+    averaged = log.track is not None or any(event.average is not None for event in log.events)
     before = 0.0
     for event in log.events:
         at = f"line {event.line}"
         if event.seconds is None or not math.isfinite(event.seconds):
             yield f"{at}: no training time"
             continue
-        if event.average is None:
-            if any(average is not None for average in averages) or log.track is not None:
-                yield f"{at}: no average"
-        elif math.isnan(event.average):
-            if event.step > untimed + 1:
-                yield f"{at}: the average is NaN at step {event.step}"
-            continue
-        else:
-            steps = max(event.step - untimed, 1)
+        steps = max(event.step, 1)
+        if event.average is None and averaged:
+            yield f"{at}: no average"
+        elif averaged:
             expected = event.average * steps
             if not abs(expected - event.seconds) <= 1e-3 + 6e-6 * steps + 1e-4 * event.seconds:  # rounding
                 yield f"{at}: {event.seconds:.3f} s, but its average over {steps} steps gives {expected:.3f} s"
@@ -301,7 +288,7 @@ def broken_rules(
             reasons[MAX_REASONS - 1 :] = [f"and {len(reasons) - MAX_REASONS + 1} more like these"]
         broken.extend({"file": str(log.path), "rule": rule, "reason": reason} for reason in reasons)
 
-    trees: dict[str, ast.Module] = {}
+    parse = functools.cache(ast.parse)  # most logs of a set begin with the same text
     official, everyone = competition.official_shards(), [*logs, *against]
     for log in everyone:
         add("complete", log, complete(log))
@@ -312,9 +299,9 @@ def broken_rules(
         if log.source is None:
             continue
         try:
-            tree = trees.get(log.source) or trees.setdefault(log.source, parse_source(log))
-        except LogError as error:
-            add("source", log, [str(error)])
+            tree = parse(log.source)
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+            add("source", log, [f"the source at its top is not Python ({error})"])
             continue
         add("data", log, unaccepted(tree, accepted.data_code))
         add("validation", log, chain(competition.unofficial(log), competition.unofficial_in(tree)))
@@ -350,7 +337,7 @@ def judge(logs: list[Log], against: list[Log], command: argparse.Namespace) -> d
         raise LogError("the logs do not name their track: add --track")
     accepted = Accepted.read()
     competition = accepted.competition_of_set(logs, name)
-    lacking = [log for log in logs if log.final is None or not math.isfinite(log.final.val_loss)]
+    lacking = [log for log in logs if not finite(log.val[-1:], "val_loss")]
     if lacking and (command.no_rules or len(lacking) == len(logs)):
         raise LogError(f"{lacking[0].path}: no finite loss of a last validation, so there is nothing to judge")
     given, rules = command.track is not None, not command.no_rules
@@ -365,7 +352,7 @@ def judge(logs: list[Log], against: list[Log], command: argparse.Namespace) -> d
         "losses": losses,
         "mean": mean,
         "std": std,
-        "p": p_below(losses, competition.target_loss),
+        "p": t_test(losses, competition.target_loss, "less")[0],
         "times": times,
         "time_mean": time_mean,
         "time_median": time_median,

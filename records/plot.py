@@ -53,12 +53,10 @@ class RunSet:
     logs: list[Log]
     smoothing: int = 1  # training losses per running mean
 
-    def last_validations(self) -> list[tuple[Log, Event]]:
-        return [(log, event) for log in self.logs for event, _ in finite(log.events, "val_loss")[-1:]]
-
     def finals(self) -> list[tuple[Log, Event]]:
         """The last validation of each run that has one at its last step."""
-        return [(log, event) for log, event in self.last_validations() if event.total in (None, event.step)]
+        last = [(log, event) for log in self.logs for event, _ in finite(log.events, "val_loss")[-1:]]
+        return [(log, event) for log, event in last if event.total in (None, event.step)]
 
     def drawn(self) -> list[Log]:
         """The finished runs; all where none is. A run that ends early would bend the mean of the others."""
@@ -68,14 +66,14 @@ class RunSet:
         """For the legend, such as "nano: 1.0763 ± 0.0042 (n=10), 91.2 s"; ± is the standard deviation of the runs."""
         finals = [event for _, event in self.finals()]
         if not finals:
-            last = [event for _, event in self.last_validations()]
+            last = [event for event, _ in finite(self.logs[0].events, "val_loss")[-1:]]
             if len(self.logs) == len(last) == 1:
                 return f"{self.name}: {last[0].val_loss:.4f} at step {last[0].step:,} of {last[0].total:,}"
             return f"{self.name}: no final validation"
         text = f"{self.name}: {statistics.fmean(event.val_loss for event in finals):.4f}"
         if len(finals) > 1:
             text += f" ± {statistics.stdev(event.val_loss for event in finals):.4f} (n={len(finals)})"
-        seconds = [event.seconds for event in finals if event.seconds is not None and math.isfinite(event.seconds)]
+        seconds = [seconds for _, seconds in finite(finals, "seconds")]
         text += f", {statistics.fmean(seconds):,.1f} s" if seconds else ""
         missing = len(self.logs) - len(finals)
         return text + (f"; {missing} unfinished left out" if missing else "")
@@ -219,26 +217,21 @@ class Record:
 
 def read_history(path: Path) -> list[Record]:
     """The records of a history. Raises LogError where it cannot be read or a row is not one."""
+    records = []
     try:
         with path.open(encoding="utf-8", newline="") as file:
-            rows = csv.DictReader(file)
-            records = [record_of(row) for row in rows]
-    except OSError as error:
-        raise LogError(f"cannot read {path}: {error.strerror}") from error
-    except (AttributeError, KeyError, TypeError, ValueError, csv.Error) as error:
+            for row in csv.DictReader(file):
+                day = row["date"] + "-15" * (len(row["date"]) == len("2026-08"))
+                if not 0 < (seconds := float(row["seconds"])) < math.inf:
+                    raise ValueError(f"{seconds:g} seconds")
+                place = row["track"], int(row["record"].lstrip("#")), seconds, date.fromisoformat(day) if day else None
+                records.append(Record(*place, row["change"], row["status"]))
+    except (OSError, AttributeError, KeyError, TypeError, ValueError, csv.Error) as error:
         wanted = "track,record,seconds,date,change,contributors,status"
-        raise LogError(f"{path}, line {rows.line_num}: {error!s}: expected {wanted}") from None
+        raise LogError(f"cannot read {path}, row {len(records) + 1}: {error}: expected {wanted}") from None
     if not any(record.date for record in records if record.status == "record"):
         raise LogError(f"{path} has no record with a date")
     return records
-
-
-def record_of(row: dict[str, str]) -> Record:
-    """A row of the history. Raises whatever its cells lead to."""
-    day = date.fromisoformat(row["date"] + "-15" * (len(row["date"]) == len("2026-08"))) if row["date"] else None
-    if not 0 < (seconds := float(row["seconds"])) < math.inf:
-        raise ValueError(f"{seconds:g} seconds")
-    return Record(row["track"], int(row["record"].lstrip("#")), seconds, day, row["change"], row["status"])
 
 
 def leaps(records: list[Record]) -> list[Record]:
@@ -359,12 +352,10 @@ def pictures(options: argparse.Namespace) -> Iterable[tuple[Path, Figure]]:
     """What the options ask for, with the path of each picture."""
     if options.out and options.out.suffix.lower() != ".png":
         raise LogError(f"--out {options.out}: pictures are PNG, expected a name that ends in .png")
+    if options.history == bool(options.logs or options.set):
+        raise LogError("expected logs, or sets (--set NAME LOG…), or --history alone (see --help)")
     if options.history:
-        if options.logs or options.set:
-            raise LogError("--history draws records/history.csv; it takes neither logs nor sets")
         yield options.out or HISTORY.with_suffix(".png"), draw_history(read_history(HISTORY))
-    elif not options.logs and not options.set:
-        raise LogError("nothing to draw: give logs, --set NAME LOG… or --history (see --help)")
     elif options.set and not options.out:
         raise LogError("--set draws all sets into one picture: add --out PNG")
     else:
@@ -378,13 +369,10 @@ def pictures(options: argparse.Namespace) -> Iterable[tuple[Path, Figure]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="records/plot.py", description="Draws the loss curves of run logs, or the history of public records."
-    )
+    parser = argparse.ArgumentParser(description="Draws loss curves of run logs, or the history of public records.")
     parser.add_argument("logs", nargs="*", type=Path, metavar="LOG", help="logs/<run_id>.txt, or a folder of logs")
-    parser.add_argument(
-        "--set", nargs="+", action="append", default=[], metavar=("NAME", "LOG"), help="runs to draw as mean and range"
-    )
+    runs = {"nargs": "+", "action": "append", "default": [], "metavar": ("NAME", "LOG")}
+    parser.add_argument("--set", **runs, help="runs to draw as mean and range")
     parser.add_argument("--history", action="store_true", help="draw records/history.csv")
     parser.add_argument("--out", type=Path, metavar="PNG", help="draw all into this picture")
     try:

@@ -15,7 +15,6 @@ Lines that are neither (warnings, notes) are kept as `notes`.
 
 from __future__ import annotations
 
-import ast
 import math
 import re
 from collections import Counter
@@ -26,10 +25,10 @@ SEPARATOR = re.compile(r"^={80,}[ \t]*\r?$", re.MULTILINE)
 EVENT = re.compile(r"^\s*(?:step|s)\s*:\s*\d")  # a line that has to parse
 DATA = re.compile(r"data: (\S+) (\d+) tokens sha256 ([0-9a-f]{64})")
 STEP = re.compile(r"(\d+)(?:/(\d+))?")
-TIME = re.compile(r"(nan|inf|\d+(?:\.\d*)?(?:e[+-]?\d+)?)(ms|s)?")
+NUMBER = re.compile(r"(-?(?:nan|inf|\d+(?:\.\d*)?(?:e[+-]?\d+)?))(ms|s)?")
 VAL_LOSS, TRAIN_LOSS = ("val_loss", "val", "tel"), ("train_loss", "loss", "trl", "trn")
+SECONDS, NATS = {None: 1e-3, "ms": 1e-3, "s": 1.0}, {None: 1.0}  # by the unit that follows a number
 GPU_NAME = re.compile(r"^\|\s+\d+\s+(\S.*?)\s+(?:On|Off|N/A)\s+\|", re.MULTILINE)  # in the table of nvidia-smi
-MAX_BYTES = 256 * 2**20
 
 
 class LogError(Exception):
@@ -100,9 +99,7 @@ class Log:
         """Training tokens of the first `step` steps by the schedule in the settings; None where that is not there."""
         try:
             scheduled = int(self.settings["schedule.scheduled_steps"])
-            stages = []
-            while (key := f"schedule.stages.{len(stages)}.tokens") in self.settings:
-                stages.append(int(self.settings[key]))
+            stages = [int(n) for key, n in self.settings.items() if re.fullmatch(r"schedule\.stages\.\d+\.tokens", key)]
             bounds = [scheduled * i // len(stages) for i in range(len(stages) + 1)]
             extension = int(self.settings["schedule.extension.tokens"]) if step > scheduled else 0
         except (KeyError, ValueError, ZeroDivisionError):
@@ -115,15 +112,11 @@ def parse_log(path: str | Path) -> Log:
     """Read one log. Raises LogError where it cannot be read, is not text, or has an event line that does not parse."""
     path = Path(path)
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise LogError(f"{path}: {path.stat().st_size >> 20} MiB is no log.")
         text = path.read_bytes().decode("utf-8")
     except OSError as error:
         raise LogError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise LogError(f"{path}: not text (byte {error.start} is not UTF-8): is it a log?") from error
-    if "\0" in text:
-        raise LogError(f"{path}: not text (a zero byte at {text.index(chr(0))}): is it a log?")
     separators = list(SEPARATOR.finditer(text))
     source = text[: separators[0].start()] if separators else ""
     environment = text[separators[0].end() : separators[-1].start()] if len(separators) > 1 else ""
@@ -170,40 +163,22 @@ def parse_event(line: str, number: int) -> Event:
     step = STEP.fullmatch(values.get("step", values.get("s", "")))
     if not step:
         raise ValueError("the step is not a number, or number/total")
-    times = parse_time(values, "train_time"), parse_time(values, "step_avg")
-    losses = parse_loss(values, VAL_LOSS), parse_loss(values, TRAIN_LOSS)
-    return Event(number, int(step[1]), int(step[2]) if step[2] else None, *times, *losses)
+    numbers = [number_of(values, keys, SECONDS) for keys in (("train_time",), ("step_avg",))]
+    numbers += [number_of(values, keys, NATS) for keys in (VAL_LOSS, TRAIN_LOSS)]
+    return Event(number, int(step[1]), int(step[2]) if step[2] else None, *numbers)
 
 
-def parse_time(values: dict[str, str], key: str) -> float | None:
-    """Seconds; a bare number is milliseconds."""
-    if key not in values:
+def number_of(values: dict[str, str], keys: tuple[str, ...], units: dict[str | None, float]) -> float | None:
+    """The value of the first of these keys that is there, by its unit; None where there is none."""
+    if not (key := next((key for key in keys if key in values), None)):
         return None
-    match = TIME.fullmatch(values[key])
-    if not match:
-        raise ValueError(f"{key} is not a time such as 12345ms")
-    return float(match[1]) * (1 if match[2] == "s" else 1e-3)
-
-
-def parse_loss(values: dict[str, str], spellings: tuple[str, ...]) -> float | None:
-    key = next((key for key in spellings if key in values), None)
-    try:
-        return float(values[key]) if key else None
-    except ValueError:
-        raise ValueError(f"{key} is not a number") from None
+    match = NUMBER.fullmatch(values[key])
+    if not match or match[2] not in units:
+        raise ValueError(f"{key} is not a {'time such as 12345ms' if units is SECONDS else 'number'}")
+    return float(match[1]) * units[match[2]]
 
 
 def finite(events: list[Event], name: str) -> list[tuple[Event, float]]:
-    """(event, loss) of all events whose "val_loss" or "train_loss" is a finite number."""
+    """(event, value) of all events whose "val_loss", "train_loss" or "seconds" is a finite number."""
     pairs = [(event, getattr(event, name)) for event in events]
-    return [(event, loss) for event, loss in pairs if loss is not None and math.isfinite(loss)]
-
-
-def parse_source(log: Log) -> ast.Module:
-    """The syntax tree of the log's program. Raises LogError where there is none."""
-    if log.source is None:
-        raise LogError(f"{log.path}: does not begin with the text of the program that wrote it")
-    try:
-        return ast.parse(log.source)
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise LogError(f"{log.path}: the source at its top is not Python ({error})") from None
+    return [(event, value) for event, value in pairs if value is not None and math.isfinite(value)]

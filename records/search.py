@@ -13,7 +13,6 @@ bytes that a record is judged on. Every run is a line of search.csv, so an inter
 from __future__ import annotations
 
 import argparse
-import csv
 import random
 import statistics
 import subprocess
@@ -22,14 +21,11 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
 
 import numpy as np
 from tqdm import tqdm
-from tqdm.contrib.concurrent import thread_map
 
-from ablate import REPO, launch, markdown, paired, per_stage, read_csv
-from runlogs import parse_log
+from ablate import REPO, compared, launch, markdown, per_stage, read_csv, train_all
 
 THIRD = 3  # of the candidates goes on to the next round, with three times as many seeds
 DATA = REPO / "data" / "nano_tuning"
@@ -115,20 +111,17 @@ Candidate = tuple[str, str]  # names and options, as in a Trial
 TRACK: Candidate = ("track", "")
 
 
-def draw(count: int, seed: int, fixed: tuple[str, ...] = ()) -> list[Candidate]:
-    """The track, and `count` different candidates, fewer if there are no more: each has one to three changes to it."""
+def draw(count: int, seed: int) -> list[Candidate]:
+    """The track, and `count` different candidates: each has one to three changes to it."""
     generator, found = random.Random(seed), {"": TRACK}
-    for _ in range(1000 * count):
-        if len(found) > count:
-            break
-        names = sorted(generator.sample(list(SPACE), min(generator.choice((1, 1, 2, 3)), len(SPACE))))
+    while len(found) <= count:
+        names = sorted(generator.sample(list(SPACE), generator.choice((1, 1, 2, 3))))
         words = " ".join(generator.choice(SPACE[name]) for name in names)
-        if not any(word.startswith("--") and word in fixed for word in words.split()):  # which --extra fixes
-            found.setdefault(words, (", ".join(names), words))
+        found.setdefault(words, (", ".join(names), words))
     return list(found.values())
 
 
-def relative_cost(words: str, extra: tuple[str, ...], pairs: int = 3) -> float:
+def relative_cost(words: str) -> float:
     """Time of a step of a candidate over that of the track, mean over the stages, measured alternately.
 
     Raises SpeedrunError where the candidate is impossible.
@@ -138,7 +131,7 @@ def relative_cost(words: str, extra: tuple[str, ...], pairs: int = 3) -> float:
 
     trainers, seconds = [], np.zeros(2)
     for more in ([], words.split()):
-        track, options = train_gpt.parse_command(["nano", *COMMON, *extra, *more], quiet=True)
+        track, options = train_gpt.parse_command(["nano", *COMMON, *more], quiet=True)
         trainers.append(train_gpt.Trainer(track, train_gpt.Runtime.create(options), DATA, 0))
 
     def two_steps(trainer: train_gpt.Trainer, stage: int) -> float:
@@ -150,77 +143,40 @@ def relative_cost(words: str, extra: tuple[str, ...], pairs: int = 3) -> float:
     for stage in range(STAGES):
         for trainer in trainers:
             trainer.loader.position = train_gpt.LoaderPosition()
-        taken = [[two_steps(trainer, stage) for trainer in trainers] for _ in range(1 + pairs)]
+        taken = [[two_steps(trainer, stage) for trainer in trainers] for _ in range(4)]
         seconds += np.median(taken[1:], axis=0)  # the first is a warm-up
     return seconds[1] / seconds[0]
 
 
-def train(candidate: Candidate, steps: int, seed: int, jobs: int, extra: tuple[str, ...]) -> Trial:
+def train(candidate: Candidate, steps: int, seed: int, jobs: int) -> Trial:
     """Raises RuntimeError, with the end of what it printed, where the run fails."""
     name, words = candidate
+    options = [*COMMON, "--schedule.scheduled-steps", str(steps), "--seed", str(seed), *words.split()]
     with tempfile.TemporaryDirectory() as folder:
-        options = [*COMMON, "--schedule.scheduled-steps", str(steps), "--seed", str(seed), "--log-dir", folder]
-        launch([*options, *extra, *words.split()], jobs)
-        (log,) = Path(folder).glob("*.txt")
-        return Trial(name, words, steps, seed, parse_log(log).final.val_loss)
-
-
-def append(trial: Trial, path: Path) -> None:
-    new = not path.exists()
-    with open(path, "a", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        if new:
-            writer.writerow(Trial.__annotations__)
-        writer.writerow([trial.change, trial.words, trial.steps, trial.seed, f"{trial.loss:.4f}"])
-
-
-def by_words(trials: list[Trial]) -> dict[str, dict[int, Trial]]:
-    found: dict[str, dict[int, Trial]] = {}
-    for trial in trials:
-        found.setdefault(trial.words, {})[trial.seed] = trial
-    return found
+        return Trial(name, words, steps, seed, launch("nano", options, Path(folder), jobs).final.val_loss)
 
 
 def ranked(candidates: list[Candidate], trials: list[Trial], seeds: int) -> list[Candidate]:
     """Those that have run with all of the first `seeds` seeds, the best mean loss first."""
-    runs = by_words(trials)
-    means = {}
-    for candidate in candidates:
-        losses = [t.loss for seed, t in runs.get(candidate[1], {}).items() if seed < seeds]
-        if len(losses) == seeds:
-            means[candidate] = statistics.mean(losses)
-    return sorted(means, key=means.get)
+    losses = {c: [trial.loss for trial in trials if trial.words == c[1] and trial.seed < seeds] for c in candidates}
+    return sorted((c for c in candidates if len(losses[c]) == seeds), key=lambda c: statistics.mean(losses[c]))
 
 
 def search(options: argparse.Namespace, path: Path) -> None:
     """All rounds. A candidate that is impossible or fails is said and left out."""
-    extra, lock = tuple(options.extra), Lock()
-    trials, alive = read_csv(path, Trial), draw(options.candidates, options.seed, extra)
-    steps = {t.words: t.steps for t in trials}
+    trials, alive = read_csv(path, Trial), draw(options.candidates, options.seed)
+    steps = {"": options.steps} | {t.words: t.steps for t in trials}
     for _, words in tqdm(alive, desc="step times", unit="candidate"):
         try:
             if words not in steps:
-                steps[words] = round(options.steps / (relative_cost(words, extra) if words else 1) / 2) * 2
+                steps[words] = round(options.steps / relative_cost(words) / 2) * 2
         except Exception as error:
             tqdm.write(f"{words}: left out: {error}", file=sys.stderr)
-    alive = [candidate for candidate in alive if candidate[1] in steps]
-
-    def attempt(task: tuple[Candidate, int]) -> None:
-        candidate, seed = task
-        try:
-            trial = train(candidate, steps[candidate[1]], seed, options.jobs, extra)
-        except RuntimeError as error:
-            tqdm.write(str(error), file=sys.stderr)
-            return
-        with lock:
-            trials.append(trial)
-            append(trial, path)
-
-    seeds = 1
+    alive, seeds = [candidate for candidate in alive if candidate[1] in steps], 1
     while True:
-        done = by_words(trials)
-        todo = [(c, s) for s in range(seeds) for c in alive if s not in done.get(c[1], {})]
-        thread_map(attempt, todo, max_workers=options.jobs, desc=f"{seeds} seeds", unit="run")
+        done = {(trial.words, trial.seed) for trial in trials}
+        tasks = [(c, steps[c[1]], s, options.jobs) for s in range(seeds) for c in alive if (c[1], s) not in done]
+        trials += train_all(train, tasks, path, options.jobs, desc=f"{seeds} seeds")
         if len(alive) <= THIRD:
             return
         best = ranked(alive, trials, seeds)
@@ -230,15 +186,11 @@ def search(options: argparse.Namespace, path: Path) -> None:
 
 def table(trials: list[Trial]) -> str:
     """Markdown: a row per candidate, those with most seeds first, then by loss; the change is paired by seed."""
-    runs = by_words(trials)
-    base, rows = runs.get("", {}), []
-    for words, of_seed in runs.items():
-        if not of_seed.keys() & base.keys():
-            continue
-        seeds, loss, change, p = paired(of_seed, base)
-        first = of_seed[seeds[0]]
-        cells = (first.change, f"`{words}`" if words else "", first.steps, len(seeds), f"{loss:.4f}")
-        rows.append((-len(seeds), loss, (*cells, f"{change:+.4f}" if words else "", p)))
+    rows = []
+    for pairs, loss, change, p in compared(trials, "words", TRACK[1]):
+        first, n = pairs[0][0], len(pairs)
+        options, delta = (f"`{first.words}`", f"{change:+.4f}") if first.words else ("", "")
+        rows.append((-n, loss, (first.change, options, first.steps, n, f"{loss:.4f}", delta, p)))
     head = ("change", "options", "steps", "n", "loss", "change", "p")
     return markdown(head, [cells for *_, cells in sorted(rows)])
 
@@ -251,7 +203,6 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time, which share the cores")
     parser.add_argument("--out", type=Path, default=REPO / "records" / "nano" / "search", metavar="FOLDER")
     parser.add_argument("--table", action="store_true", help="no training: only the table of what is there")
-    parser.add_argument("--extra", nargs=argparse.REMAINDER, default=[], help="options of train_gpt.py for all; last")
     options = parser.parse_args()
     path = options.out / "search.csv"
     try:

@@ -402,6 +402,8 @@ def test_a_bad_history_is_a_message(tmp_path: Path, rows: str, message: str):
         (f"source\n{LINE}\nenvironment\n{LINE}\nstep:1/9 train_time:5ms\n".encode(), "no finite loss"),
         (f"{LINE}\n{LINE}\nstep:1/9 train_loss:nan train_time:5ms\n".encode(), "no finite loss"),
         (f"{LINE}\n{LINE}\nstep:1/9 val_loss:4.1 train_\n".encode(), "line 3: expected key:value"),
+        (f"{LINE}\n{LINE}\nstep:1/9 val_loss:4.1s train_time:5ms\n".encode(), "line 3: val_loss is not a number"),
+        (f"{LINE}\n{LINE}\nstep:1/9 val_loss:4.1 train_time:5h\n".encode(), "train_time is not a time such as"),
         (b"\x89PNG\r\n\x1a\n\xff\xfe", "not text"),
     ],
 )
@@ -417,7 +419,7 @@ def test_wrong_commands_are_messages(tmp_path: Path, command):
     log, empty = make_log(tmp_path / "run.txt", steps=20), tmp_path / "empty"
     empty.mkdir()
     for arguments, message in (
-        ([], "nothing to draw"),
+        ([], "expected logs, or sets"),
         ([tmp_path / "nowhere.txt"], "nowhere.txt: No such file"),
         ([empty], "no *.txt in this folder"),
         (["--set", "A", log], "add --out PNG"),
@@ -425,7 +427,7 @@ def test_wrong_commands_are_messages(tmp_path: Path, command):
         (["--set", log, log, "--out", "a.png"], "expected a name, then logs"),
         ([log, "--out", "a.pdf"], "pictures are PNG"),
         ([log, "--out", tmp_path / "none" / "a.png"], "No such file"),
-        (["--history", log], "neither logs nor sets"),
+        (["--history", log], "or --history alone"),
     ):
         answer = command(*arguments)
         assert answer.startswith("records/plot.py: error: ") and message in answer, answer

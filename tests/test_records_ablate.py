@@ -14,10 +14,12 @@ from scipy import stats
 
 import ablate
 import train_gpt
-from ablate import FULL, VARIANTS, Result
-from runlogs import LogError, parse_log
+from ablate import FULL, Result
+from runlogs import parse_log
 
 LINE = "=" * 100
+VARIANTS = ablate.VARIANTS["nano"]
+OURS = ablate.digest((REPO / "train_gpt.py").read_text())
 
 
 @functools.cache
@@ -67,16 +69,29 @@ def test_time_to_target_is_interpolated(tmp_path, losses, seconds):
     assert ablate.seconds_to_target(log) == (None if seconds is None else pytest.approx(seconds))
 
 
-def test_only_complete_logs_of_this_source_count(tmp_path):
-    """Catches: a cut-off run in the table; results of two versions of train_gpt.py mixed."""
-    folder = ablate.folder_of(FULL, tmp_path)
-    made_log(folder / "a.txt", [5.5, 1.3, 1.2], seed=0)
-    made_log(folder / "b.txt", [5.5, 1.3, 1.1], seed=1, end=False)
-    ours = ablate.digest((REPO / "train_gpt.py").read_text())
-    assert ablate.find_results(tmp_path) == [Result(FULL, 0, 1.2, 20.0, pytest.approx(18.0), ours, "Some CPU")]
-    made_log(folder / "c.txt", [5.5, 1.3, 1.2], seed=2, source="print('another')")
-    with pytest.raises(LogError, match=r"c\.txt is of another train_gpt\.py"):
-        ablate.find_results(tmp_path)
+@pytest.mark.parametrize("end", [True, False])
+def test_only_a_run_that_reached_its_last_step_counts(tmp_path, monkeypatch, end):
+    """Catches: a run in the table that --max-steps ended; the log of an interrupted attempt taken for the run's."""
+
+    def process(command, **_):
+        folder = Path(command[command.index("--log-dir") + 1])
+        path = made_log(folder / "20260102.txt", [5.5, 1.3, 1.2], seed=3)
+        path.write_text(path.read_text() if end else path.read_text().replace("step:100/", "step:90/"))
+        return subprocess.CompletedProcess(command, 0, stdout="")
+
+    made_log(tmp_path / "logs" / "no_smear_3" / "20260101.txt", [5.5, 1.4, 1.3], seed=3)
+    monkeypatch.setattr(subprocess, "run", process)
+    if end:
+        expected = Result("no smear", 3, 1.2, 20.0, pytest.approx(18.0), OURS, "Some CPU")
+        assert ablate.run("nano", "no smear", 3, tmp_path, 1, []) == expected
+    else:
+        with pytest.raises(RuntimeError, match=r"20260102\.txt is incomplete"):
+            ablate.run("nano", "no smear", 3, tmp_path, 1, [])
+
+
+def write_csv(results: list[Result], path: Path) -> None:
+    for result in results:
+        ablate.append(result, path)
 
 
 def test_the_table_pairs_by_seed_and_survives_the_csv(tmp_path):
@@ -88,8 +103,8 @@ def test_the_table_pairs_by_seed_and_survives_the_csv(tmp_path):
         Result("no smear", seed, loss, 110.0, None if seed else 99.0, **made) for seed, loss in enumerate(other)
     ]
     results += [Result("no skip", 7, 1.0, 100.0, 80.0)]  # no run of the full recipe to pair it with
-    ablate.write_csv(results, tmp_path / "ablation.csv")
-    assert ablate.read_csv(tmp_path / "ablation.csv") == results
+    write_csv(results, tmp_path / "ablation.csv")
+    assert ablate.read_csv(tmp_path / "ablation.csv", Result) == results
     *_, first, second = ablate.table(results).splitlines()
     p = stats.ttest_rel(other, full).pvalue
     change = statistics.mean(other) - statistics.mean(full)
@@ -119,8 +134,8 @@ def published(folder: Path, source: str) -> list[Result]:
         for seed in range(2)
     ]
     folder.mkdir()
-    ablate.write_csv(rows, folder / "ablation.csv")
-    (folder / "ablation.md").write_text(ablate.report(rows))
+    write_csv(rows, folder / "ablation.csv")
+    (folder / "ablation.md").write_text(ablate.report("nano", rows))
     return rows
 
 
@@ -136,62 +151,57 @@ def test_the_table_of_a_clone_stays_as_it_is(tmp_path, monkeypatch, capsys, sour
     assert "ablation.csv has no rows" in code and not (tmp_path / "ablation.md").exists()
 
 
-def trained(monkeypatch, folder: Path, losses: dict[tuple[str, int], float]) -> None:
-    """Runs, when they are started, leave logs with these final losses."""
+def trained(monkeypatch, losses: dict[tuple[str, int], float]) -> None:
+    """Runs end with these losses; one that is not among them is interrupted."""
 
-    def run(variant: str, seed: int, out: Path, *_) -> None:
-        made_log(ablate.folder_of(variant, out) / f"{seed}.txt", [5.5, 1.3, losses[variant, seed]], seed)
+    def run(track: str, variant: str, seed: int, *_) -> Result:
+        if (variant, seed) not in losses:
+            raise KeyboardInterrupt
+        return Result(variant, seed, losses[variant, seed], 20.0, 18.0, OURS, "Some CPU")
 
     monkeypatch.setattr(ablate, "run", run)
-    monkeypatch.setattr(ablate, "PUBLISHED", folder)
 
 
-def test_runs_change_their_own_rows_only(tmp_path, monkeypatch, capsys):
-    """Catches: `--only` and a single seed that overwrite the rows of all others."""
-    before = published(tmp_path / "out", ablate.digest((REPO / "train_gpt.py").read_text()))
-    trained(monkeypatch, tmp_path / "out", {(FULL, 0): 1.2, ("no smear", 0): 1.21, ("no YaRN", 0): 1.22})
-    only = ("--only", "no smear", "no YaRN", "--seeds", 1, "--out", tmp_path / "out")
-    code, out = command(monkeypatch, capsys, *only)
+def test_runs_add_their_own_rows_only(tmp_path, monkeypatch, capsys):
+    """Catches: `--only` and a single seed that touch the rows of all others; a run that is there trained again."""
+    before = published(tmp_path / "out", OURS)
+    trained(monkeypatch, {("no YaRN", 0): 1.22})
+    only = ("--only", "no smear", "no YaRN", "--seeds", 1, "--out")
+    code, out = command(monkeypatch, capsys, "nano", *only, tmp_path / "out")
     assert code is None and "| no YaRN | 1 | 1.2200 |" in out and "| no spare part | 2 |" in out
-    after = {(r.variant, r.seed): r for r in ablate.read_csv(tmp_path / "out" / "ablation.csv")}
-    assert {key: after[key].loss for key in after if key[1] == 0 and key[0] != "no spare part"} == {
-        (FULL, 0): 1.2,
-        ("no smear", 0): 1.21,
-        ("no YaRN", 0): 1.22,
-    }
-    assert [after[r.variant, r.seed] for r in before[1::2]] == before[1::2] and len(after) == 7
-    code, _ = command(monkeypatch, capsys, *only, "--extra", "--model.num-layers", "1")
+    *others, new = ablate.read_csv(tmp_path / "out" / "ablation.csv", Result)
+    assert others == before and (new.variant, new.seed, new.loss) == ("no YaRN", 0, 1.22)
+    code, _ = command(monkeypatch, capsys, *only, REPO / "records" / "nano" / "ablation", "--extra", "--val-every", "1")
     assert "runs with --extra are not of the published table" in code
+    code, _ = command(monkeypatch, capsys, "--only", "no spare part")
+    assert code == 2  # argparse has said why
 
 
 def test_rows_of_another_source_are_not_mixed_or_dropped_silently(tmp_path, monkeypatch, capsys):
     """Catches: a table of two versions of train_gpt.py; published rows that are gone after a partial run."""
     folder = tmp_path / "out"
     before = published(folder, "0123456789ab")
-    trained(monkeypatch, folder, {(FULL, 0): 1.2, ("no smear", 0): 1.21})
+    trained(monkeypatch, {(FULL, 0): 1.2, ("no smear", 0): 1.21})
     words = ("--only", "no smear", "--seeds", 1, "--out")
     code, _ = command(monkeypatch, capsys, *words, folder)
-    assert "has 6 rows of another train_gpt.py (0123456789ab, ours is" in code and "--force" in code
-    assert not (folder / "logs").exists() and ablate.read_csv(folder / "ablation.csv") == before
+    assert "has 6 rows of another train_gpt.py (0123456789ab, ours is" in code and "--out FOLDER" in code
+    assert ablate.read_csv(folder / "ablation.csv", Result) == before
     code, out = command(monkeypatch, capsys, *words, tmp_path / "mine")
-    assert code is None and "| no smear | 1 |" in out and ablate.read_csv(folder / "ablation.csv") == before
-    code, out = command(monkeypatch, capsys, *words, folder, "--force")
-    assert code is None and [r.loss for r in ablate.read_csv(folder / "ablation.csv")] == [1.2, 1.21]
+    assert code is None and "| no smear | 1 |" in out
+    edited = lambda track, variant, seed, *_: Result(variant, seed, 1.2, 20.0, 18.0, "edited meanwhile")
+    monkeypatch.setattr(ablate, "run", edited)
+    code, _ = command(monkeypatch, capsys, *words[:-2], 2, "--out", tmp_path / "mine")
+    assert "has 2 rows of another train_gpt.py (edited meanwhile" in code
 
 
 def test_what_is_complete_counts_when_it_is_interrupted(tmp_path, monkeypatch, capsys):
-    """Catches: Ctrl-C that leaves complete runs out of the CSV, or takes published rows away, even with --force."""
-    before = published(tmp_path / "out", "0123456789ab")
-
-    def interrupted(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(ablate, "run_all", interrupted)
-    code, _ = command(monkeypatch, capsys, "--out", tmp_path / "out", "--force")
-    assert code.startswith("interrupted") and ablate.read_csv(tmp_path / "out" / "ablation.csv") == before
-    made_log(ablate.folder_of(FULL, tmp_path / "mine") / "0.txt", [5.5, 1.3, 1.2])
-    command(monkeypatch, capsys, "--out", tmp_path / "mine")
-    assert [r.loss for r in ablate.read_csv(tmp_path / "mine" / "ablation.csv")] == [1.2]
+    """Catches: Ctrl-C that leaves complete runs out of the CSV, or that takes rows away which were there."""
+    before = published(tmp_path / "out", OURS)
+    trained(monkeypatch, {(FULL, 2): 1.2})
+    code, _ = command(monkeypatch, capsys, "--only", "no smear", "--out", tmp_path / "out")
+    assert code.startswith("interrupted")
+    *others, new = ablate.read_csv(tmp_path / "out" / "ablation.csv", Result)
+    assert others == before and (new.variant, new.seed, new.loss) == (FULL, 2, 1.2)
 
 
 def test_it_trains_what_is_missing_and_keeps_what_is_there(tiny_data, tmp_path):

@@ -24,7 +24,6 @@ REPO = Path(__file__).resolve().parents[2]
 sys.path[0:1] = [str(REPO), str(REPO / "records")]  # instead of this folder, whose profile.py would hide Python's own
 import train_gpt  # noqa: E402
 from ablate import launch  # noqa: E402
-from runlogs import parse_log  # noqa: E402
 
 COMMON = ("--data-dir", str(REPO / "data" / "nano_tuning"), "--data.val-tokens", "131072", "--sample-tokens", "0")
 
@@ -36,13 +35,11 @@ def loss_of(width: float, factor: float, seed: int, steps: int, jobs: int) -> fl
     words += ["--optimizer.adam-lr", str(config.adam_lr * factor), "--optimizer.muon-lr", str(config.muon_lr * factor)]
     with tempfile.TemporaryDirectory() as folder:
         try:
-            launch([*COMMON, *words, "--log-dir", folder], jobs, "evals/sibling.py")
+            return launch("nano", [*COMMON, *words], Path(folder), jobs, "evals/sibling.py").final.val_loss
         except RuntimeError as error:
             if "not finite" not in str(error):
                 raise
             return math.inf
-        (log,) = Path(folder).glob("*.txt")
-        return parse_log(log).final.val_loss
 
 
 def bottom(factors: list[float], losses: list[float]) -> float | None:
