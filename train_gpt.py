@@ -182,6 +182,8 @@ class ModelConfig:
     """The vocabulary is padded to a multiple of this."""
     equal_qk_init: bool = False
     """Start with Wk equal to Wq in every layer: each position attends first to those that are like it."""
+    zero_wo: bool = False
+    """Start with Wo zero in every layer: attention adds nothing at first."""
     qk_heads: int = 2
     """Adjacent heads whose part of Wq or Wk is one matrix to the optimizer."""
 
@@ -1855,10 +1857,10 @@ class GPT(nn.Module):
         vo_bank = torch.zeros(padded(2 * num_attention), d, d)  # Wv, Wo of each layer with attention
         mlp_bank = torch.zeros(padded(2 * L), hidden, d)  # fc, proj of each layer
         for i in range(num_attention):
-            wq, wk, *vo = uniform(4, d, d)
+            wq, wk, wv, wo = uniform(4, d, d)
             qk = torch.cat((wq, wq if config.equal_qk_init else wk))
             qk_bank[self.qk_each * i : self.qk_each * (i + 1)] = qk.view(self.qk_each, -1, d)
-            vo_bank[2 * i : 2 * i + 2] = torch.stack(vo)
+            vo_bank[2 * i : 2 * i + 2] = torch.stack((wv, torch.zeros_like(wo) if config.zero_wo else wo))
         for i in range(L):
             mlp_bank[2 * i] = uniform(hidden, d)
         head = normal(0.005, d, V)

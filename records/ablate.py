@@ -46,14 +46,17 @@ def per_stage(name: str, *values: object) -> str:
 
 
 # Of all runs of a track. Validate often, to see when the target is met, hence on the first eighth of the bytes only.
-COMMON = {"nano": "--val-every 20 --data.val-tokens 65536 --sample-tokens 0"}
+COMMON = {
+    "nano": "--val-every 20 --data.val-tokens 65536 --sample-tokens 0",
+    "small": "--sample-tokens 0",  # besides these, --extra says where it trains
+}
 
 RULES = "--optimizer.rules"
 ADAM = " ".join(
     f"{RULES}.{bank}.kind adam {RULES}.{bank}.lr-mul 0.125 {RULES}.{bank}.betas 0.9 0.99"  # lr 2e-3, the baseline's
-    for bank in ("attn-bank", "mlp-bank")
+    for bank in ("qk-bank", "vo-bank", "mlp-bank")
 )
-MUON = f"{RULES}.attn-bank.kind muon {RULES}.mlp-bank.kind muon"
+MUON = " ".join(f"{RULES}.{bank}.kind muon" for bank in ("qk-bank", "vo-bank", "mlp-bank"))
 
 VARIANTS: dict[str, dict[str, str]] = {
     "nano": {
@@ -64,23 +67,44 @@ VARIANTS: dict[str, dict[str, str]] = {
         "decay of all weights, not cautious": "--optimizer.no-cautious",
         "always tied": "--schedule.untie 2",  # never reached
         "never tied": "--schedule.untie 0",
-        "no second embedding": "--model.second-embed",
-        "second embedding of bytes, not n-grams": "--model.second-embed 1",
+        "no n-grams": "--model.ngrams",
+        "n-grams of two bytes only": "--model.ngrams 2",
         "no growth of windows": per_stage("windows", *3 * ("64 384",)),
         "no YaRN": "--schedule.yarn-max-window 0",
         "queries and keys start different": "--model.no-equal-qk-init",
         "no paired heads": "--model.paired-layers",
         "no key offset": "--model.no-key-offset",
-        "no attention gates": "--model.no-attention-gates",
-        "no value embeddings": "--model.value-embeds",
-        "no smear": "--model.no-smear",
-        "no x0 in later layers": "--optimizer.rules.x0-lambda.lr-mul 0",
-        "with a skip": "--model.skips 0 1",
-        "with a backout": "--model.backout-layer 0",
+        "no value embeddings": "--model.value-layers",
+        "each head one matrix in NorMuon": "--model.qk-heads 1",
+        "with a smear": "--model.smear",
+        "with gate networks": "--model.gate-networks",
+        "with gates of heads": "--model.gate-networks --model.gated-layers 0 1",
+        "with exclusive self-attention": "--model.gate-networks --model.xsa-layers 0 1",
+        "with composed heads": "--model.gate-networks --model.dc-layers 1",
+        "with a mix into the last layer": "--model.mix-in first last",
+        "with a mix into the output": "--model.mix-out first 0 out0 0",
         "with multi-token prediction": per_stage("prediction-weights", "1 1 0.5 0.5 0.25 0", "1 1 0.5 0", "1 1"),
         "with growth of the batch": per_stage("tokens", "1024", "2048", "3072"),
         "with a third layer": "--model.num-layers 3",
         "with a wider MLP": "--model.mlp-ratio 4",
+    },
+    "small": {
+        FULL: "",
+        "no n-grams": "--model.ngrams",
+        "no signs": "--model.ngram-signs 0",
+        "no value embeddings": "--model.value-layers",
+        "Wo zero at the start": "--model.zero-wo",
+        "no exclusive self-attention": "--model.xsa-layers",
+        "no composed heads": "--model.dc-layers",
+        "no gate networks, learned numbers": "--model.no-gate-networks",
+        "no mix into the last layer": "--model.mix-in",
+        "no mix into the output": "--model.mix-out",
+        "late layers read their own input": "--model.late-input None",
+        "each head one matrix in NorMuon": "--model.qk-heads 1",
+        "no prefix loss": "--no-prefix-loss",
+        "cooldown to 0.1": "--schedule.final-lr 0.1 --schedule.extension.lr 0.1",
+        "with n-grams of three tokens": "--model.ngrams 2 3",
+        "with four times the rows for n-grams": "--model.ngram-rows 1509120",
     },
 }
 

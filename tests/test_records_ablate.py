@@ -228,7 +228,7 @@ def test_it_trains_what_is_missing_and_keeps_what_is_there(tiny_data, tmp_path):
     assert calls[0].stdout == calls[1].stdout
     logs = [parse_log(path) for path in (tmp_path / "logs").rglob("*.txt")]
     assert [log.settings["inductor"] for log in logs] == ["{}", "{}"]  # which records/check.py wants
-    assert "./run.sh nano --model.no-smear" in (tmp_path / "ablation.md").read_text()
+    assert "./run.sh nano --model.ngrams" in (tmp_path / "ablation.md").read_text()
     events = [json.loads(line) for path in tmp_path.rglob("*.jsonl") for line in path.read_text().splitlines()]
     assert len(events) == 2 * (1 + 20)  # the validation before the first step, and every step
 
