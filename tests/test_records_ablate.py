@@ -79,14 +79,14 @@ def test_only_a_run_that_reached_its_last_step_counts(tmp_path, monkeypatch, end
         path.write_text(path.read_text() if end else path.read_text().replace("step:100/", "step:90/"))
         return subprocess.CompletedProcess(command, 0, stdout="")
 
-    made_log(tmp_path / "logs" / "no_smear_3" / "20260101.txt", [5.5, 1.4, 1.3], seed=3)
+    made_log(tmp_path / "logs" / "no_n_grams_3" / "20260101.txt", [5.5, 1.4, 1.3], seed=3)
     monkeypatch.setattr(subprocess, "run", process)
     if end:
-        expected = Result("no smear", 3, 1.2, 20.0, pytest.approx(18.0), OURS, "Some CPU")
-        assert ablate.run("nano", "no smear", 3, tmp_path, 1, []) == expected
+        expected = Result("no n-grams", 3, 1.2, 20.0, pytest.approx(18.0), OURS, "Some CPU")
+        assert ablate.run("nano", "no n-grams", 3, tmp_path, 1, []) == expected
     else:
         with pytest.raises(RuntimeError, match=r"20260102\.txt is incomplete"):
-            ablate.run("nano", "no smear", 3, tmp_path, 1, [])
+            ablate.run("nano", "no n-grams", 3, tmp_path, 1, [])
 
 
 def write_csv(results: list[Result], path: Path) -> None:
@@ -100,7 +100,7 @@ def test_the_table_pairs_by_seed_and_survives_the_csv(tmp_path):
     made = dict(source="0123456789ab", cpu="Some CPU, 2 threads")
     results = [Result(FULL, seed, loss, 100.0, 90.0, **made) for seed, loss in enumerate(full)]
     results += [
-        Result("no smear", seed, loss, 110.0, None if seed else 99.0, **made) for seed, loss in enumerate(other)
+        Result("no n-grams", seed, loss, 110.0, None if seed else 99.0, **made) for seed, loss in enumerate(other)
     ]
     results += [Result("no skip", 7, 1.0, 100.0, 80.0)]  # no run of the full recipe to pair it with
     write_csv(results, tmp_path / "ablation.csv")
@@ -109,10 +109,10 @@ def test_the_table_pairs_by_seed_and_survives_the_csv(tmp_path):
     p = stats.ttest_rel(other, full).pvalue
     change = statistics.mean(other) - statistics.mean(full)
     assert first == f"| {FULL} | 3 | 1.0500 |  |  | 90 s | 1.00 |"
-    assert second == f"| no smear | 3 | 1.1167 | {change:+.4f} | {p:.2g} | 99 s (1 of 3 runs) | 1.10 |"
+    assert second == f"| no n-grams | 3 | 1.1167 | {change:+.4f} | {p:.2g} | 99 s (1 of 3 runs) | 1.10 |"
     moved = [replace(r, cpu="Another") if r.variant == FULL else r for r in results]
     *_, second = ablate.table(moved).splitlines()  # times of two machines do not compare, losses do
-    assert second == f"| no smear | 3 | 1.1167 | {change:+.4f} | {p:.2g} | – | – |"
+    assert second == f"| no n-grams | 3 | 1.1167 | {change:+.4f} | {p:.2g} | – | – |"
 
 
 def command(monkeypatch, capsys, *words: str) -> tuple[object, str]:
@@ -130,7 +130,7 @@ def published(folder: Path, source: str) -> list[Result]:
     """Three variants, one of which has another name by now, as a clone has them: without logs."""
     rows = [
         Result(variant, seed, 1.1 + 0.01 * seed, 20.0, 18.0, source, "Some CPU")
-        for variant in (FULL, "no smear", "no spare part")
+        for variant in (FULL, "no n-grams", "no spare part")
         for seed in range(2)
     ]
     folder.mkdir()
@@ -166,7 +166,7 @@ def test_runs_add_their_own_rows_only(tmp_path, monkeypatch, capsys):
     """Catches: `--only` and a single seed that touch the rows of all others; a run that is there trained again."""
     before = published(tmp_path / "out", OURS)
     trained(monkeypatch, {("no YaRN", 0): 1.22})
-    only = ("--only", "no smear", "no YaRN", "--seeds", 1, "--out")
+    only = ("--only", "no n-grams", "no YaRN", "--seeds", 1, "--out")
     code, out = command(monkeypatch, capsys, "nano", *only, tmp_path / "out")
     assert code is None and "| no YaRN | 1 | 1.2200 |" in out and "| no spare part | 2 |" in out
     *others, new = ablate.read_csv(tmp_path / "out" / "ablation.csv", Result)
@@ -181,13 +181,13 @@ def test_rows_of_another_source_are_not_mixed_or_dropped_silently(tmp_path, monk
     """Catches: a table of two versions of train_gpt.py; published rows that are gone after a partial run."""
     folder = tmp_path / "out"
     before = published(folder, "0123456789ab")
-    trained(monkeypatch, {(FULL, 0): 1.2, ("no smear", 0): 1.21})
-    words = ("--only", "no smear", "--seeds", 1, "--out")
+    trained(monkeypatch, {(FULL, 0): 1.2, ("no n-grams", 0): 1.21})
+    words = ("--only", "no n-grams", "--seeds", 1, "--out")
     code, _ = command(monkeypatch, capsys, *words, folder)
     assert "has 6 rows of another train_gpt.py (0123456789ab, ours is" in code and "--out FOLDER" in code
     assert ablate.read_csv(folder / "ablation.csv", Result) == before
     code, out = command(monkeypatch, capsys, *words, tmp_path / "mine")
-    assert code is None and "| no smear | 1 |" in out
+    assert code is None and "| no n-grams | 1 |" in out
     edited = lambda track, variant, seed, *_: Result(variant, seed, 1.2, 20.0, 18.0, "edited meanwhile")
     monkeypatch.setattr(ablate, "run", edited)
     code, _ = command(monkeypatch, capsys, *words[:-2], 2, "--out", tmp_path / "mine")
@@ -198,7 +198,7 @@ def test_what_is_complete_counts_when_it_is_interrupted(tmp_path, monkeypatch, c
     """Catches: Ctrl-C that leaves complete runs out of the CSV, or that takes rows away which were there."""
     before = published(tmp_path / "out", OURS)
     trained(monkeypatch, {(FULL, 2): 1.2})
-    code, _ = command(monkeypatch, capsys, "--only", "no smear", "--out", tmp_path / "out")
+    code, _ = command(monkeypatch, capsys, "--only", "no n-grams", "--out", tmp_path / "out")
     assert code.startswith("interrupted")
     *others, new = ablate.read_csv(tmp_path / "out" / "ablation.csv", Result)
     assert others == before and (new.variant, new.seed, new.loss) == (FULL, 2, 1.2)
@@ -206,7 +206,7 @@ def test_what_is_complete_counts_when_it_is_interrupted(tmp_path, monkeypatch, c
 
 def test_it_trains_what_is_missing_and_keeps_what_is_there(tiny_data, tmp_path):
     """The command, on the tiny track: two runs, a table, and nothing left to do on the second call."""
-    command = [sys.executable, REPO / "records" / "ablate.py", "--seeds", "1", "--only", "no smear", "--out", tmp_path]
+    command = [sys.executable, REPO / "records" / "ablate.py", "--seeds", "1", "--only", "no n-grams", "--out", tmp_path]
     extra = [
         "--extra",
         *tiny_options(),
@@ -224,7 +224,7 @@ def test_it_trains_what_is_missing_and_keeps_what_is_there(tiny_data, tmp_path):
     ]
     for call in calls:
         assert call.returncode == 0, call.stderr
-        assert "| full recipe | 1 |" in call.stdout and "| no smear | 1 |" in call.stdout
+        assert "| full recipe | 1 |" in call.stdout and "| no n-grams | 1 |" in call.stdout
     assert calls[0].stdout == calls[1].stdout
     logs = [parse_log(path) for path in (tmp_path / "logs").rglob("*.txt")]
     assert [log.settings["inductor"] for log in logs] == ["{}", "{}"]  # which records/check.py wants
@@ -234,6 +234,6 @@ def test_it_trains_what_is_missing_and_keeps_what_is_there(tiny_data, tmp_path):
 
 
 def test_a_run_that_fails_is_reported_and_the_others_go_on(tiny_data, tmp_path):
-    command = [sys.executable, REPO / "records" / "ablate.py", "--seeds", "1", "--only", "no smear", "--out", tmp_path]
+    command = [sys.executable, REPO / "records" / "ablate.py", "--seeds", "1", "--only", "no n-grams", "--out", tmp_path]
     done = subprocess.run([*map(str, command), "--extra", "--data-dir", "/nowhere"], capture_output=True, text=True)
     assert done.returncode == 1 and "2 runs failed" in done.stderr and "no shard" in done.stderr

@@ -79,9 +79,9 @@ def test_a_real_round(tmp_path, tiny_data, monkeypatch):
     common = ("--data-dir", str(tiny_data), "--sample-tokens", "0", "--device", "cpu", "--dtype", "float32")
     monkeypatch.setattr(search, "COMMON", (*common, *tiny_options(), "--data.rows-per-step", "1"))
     space = {
-        "gates": ["--model.no-attention-gates"],
-        "smear": ["--model.no-smear"],
-        "backout": ["--model.backout-layer 1"],
+        "gates": ["--model.gate-networks"],
+        "smear": ["--model.smear"],
+        "signs": ["--model.ngram-signs 8"],
     }
     monkeypatch.setattr(search, "SPACE", space)
     search.search(options_of(tmp_path, candidates=1, steps=18), tmp_path / "search.csv")
