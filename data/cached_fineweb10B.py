@@ -2,10 +2,10 @@
 
     python data/cached_fineweb10B.py          # the validation shard and the first 9 train shards: enough for `small`
     python data/cached_fineweb10B.py 20       # the first 20 train shards
-    python data/cached_fineweb10B.py --all --dataset finewebedu10B --out /shards
+    python data/cached_fineweb10B.py 99 --dataset finewebedu10B --out /shards      # all of another one
 
 A shard holds 100M tokens (200 MB). huggingface_hub fetches it, by Xet where the hub and the machine have it, which is
-the fastest way to these files, else by plain HTTP; the tests, which have no hub but their own, know the latter alone.
+the fastest way to these files, else by plain HTTP, which alone the tests know.
 A shard has its name only once its SHA-256 is the hub's. An interrupted call goes on shard by shard. sha256.json beside
 the shards says which were compared: the next call believes it for every file of the same size and time of change, and
 uses no network. Of other files it asks the hub for the SHA-256, and fetches those that have another one.
@@ -31,19 +31,12 @@ from shards import ShardError
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 IN_FLIGHT = 4  # files
-SIDECAR = "sha256.json"
+SIDECAR, STAGING = "sha256.json", ".download"
 
 WAYS_OUT = """Three ways out:
   1. try again: shards that are complete are kept
   2. use a mirror of the hub: HF_ENDPOINT=https://… python data/cached_fineweb10B.py
   3. train without network: ./run.sh nano (its data comes from data/nano.py)"""
-
-
-class HubError(ShardError):
-    """The hub does not give what is asked of it."""
-
-    def __str__(self) -> str:
-        return f"{super().__str__()}\n{WAYS_OUT}"
 
 
 @dataclass(frozen=True)
@@ -88,44 +81,31 @@ def record(out: Path, repo: str, name: str, sha256: str) -> None:
 def unknown(out: Path, repo: str, names: list[str]) -> list[str]:
     """Those of the names whose file is not there, or is not the one that the sidecar knows."""
     known = read_sidecar(out, repo)
-    there = [name for name in names if name in known and (out / name).exists()]
-    same = {name for name in there if known[name].items() >= shards.fingerprint(out / name).items()}
-    return [name for name in names if name not in same]
+    same = lambda path: path.exists() and known.get(path.name, {}).items() >= shards.fingerprint(path).items()
+    return [name for name in names if not same(out / name)]
 
 
 @contextlib.contextmanager
 def asking_hub(what: str) -> Iterator[None]:
-    """Has the body, which asks the hub by a client that tries again by itself, end with a ShardError or HubError."""
+    """Has the body, which asks the hub by a client that tries again by itself, end with a ShardError."""
     try:
         yield
     except Exception as error:  # hub, HTTP client, TLS and Xet each have their own
-        if isinstance(error, OSError) and error.errno:
-            raise ShardError(f"{what} was not written: {error.strerror}. Mend that (free space, say)") from error
+        if isinstance(error, OSError) and error.errno:  # of the disk
+            raise
         endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-        raise HubError(f"no {what} from {endpoint}: {error or type(error).__name__}") from error
+        raise ShardError(f"no {what} from {endpoint}: {error or type(error).__name__}\n{WAYS_OUT}") from error
 
 
-def on_hub(repo: str, names: list[str]) -> dict[str, tuple[int, str]]:
-    """Size and SHA-256 of these files of a dataset repo. Raises HubError."""
-    with asking_hub(f"sizes and hashes of {repo}"):
-        from huggingface_hub import HfApi
-
-        files = HfApi().dataset_info(repo, files_metadata=True).siblings
-    found = {file.rfilename: (file.size, file.lfs.sha256) for file in files if file.lfs}
-    if missing := [name for name in names if name not in found]:
-        raise HubError(f"the hub has no file {missing[0]} with a SHA-256 in {repo}: is HF_ENDPOINT a mirror of it?")
-    return {name: found[name] for name in names}
-
-
-def fetch(out: Path, staging: Path, repo: str, name: str, expected: str) -> None:
+def fetch(out: Path, repo: str, name: str, expected: str) -> None:
     """Fetches one file, verifies it, gives it its name. Raises ShardError."""
     with asking_hub(f"{repo}/{name}"):
         from huggingface_hub import hf_hub_download
 
-        path = Path(hf_hub_download(repo, name, repo_type="dataset", local_dir=staging, force_download=True))
-    if (found := shards.sha256_of(path)) != expected:
-        raise HubError(f"{repo}/{name} arrived with wrong bytes: SHA-256 {found}, expected {expected}")
-    shards.read_shard_header(path)
+        path = hf_hub_download(repo, name, repo_type="dataset", local_dir=out / STAGING, force_download=True)
+        if (found := shards.sha256_of(path)) != expected:
+            raise ValueError(f"it arrived with wrong bytes: SHA-256 {found}, expected {expected}")
+        shards.read_shard_header(Path(path))
     shards.publish(path, out / name)
 
 
@@ -133,24 +113,30 @@ def download(out: Path, repo: str, names: list[str]) -> int:
     """Sees that these shards are the hub's; returns how many had to be fetched. The folder is held with `exclusive`."""
     from tqdm import tqdm
 
-    remote = on_hub(repo, names)
+    with asking_hub(f"sizes and hashes of {repo}"):
+        from huggingface_hub import HfApi
+
+        files = HfApi().dataset_info(repo, files_metadata=True).siblings
+        found = {file.rfilename: (file.size, file.lfs.sha256) for file in files if file.lfs}
+        if missing := [name for name in names if name not in found]:
+            raise LookupError(f"it has no file {missing[0]} with a SHA-256: is it a mirror of the hub?")
+    remote = {name: found[name] for name in names}
     for name in [name for name in names if (out / name).exists()]:
         if shards.sha256_of(out / name) == remote[name][1]:
             record(out, repo, name, remote.pop(name)[1])
         else:
             print(f"{out / name} is not the hub's: fetching it again", file=sys.stderr)
     shards.require_space(out, sum(size for size, _ in remote.values()))
-    staging = out / ".download"
-    shutil.rmtree(staging, ignore_errors=True)  # what a killed call has left
+    shutil.rmtree(out / STAGING, ignore_errors=True)  # what a killed call has left
     pool = ThreadPoolExecutor(IN_FLIGHT)  # not by `with`, which would have Ctrl-C wait for what is in flight
-    fetched = pool.map(lambda name: fetch(out, staging, repo, name, remote[name][1]), remote)
+    fetched = pool.map(lambda name: fetch(out, repo, name, remote[name][1]), remote)
     try:
         for name, _ in zip(remote, tqdm(fetched, repo, len(remote), unit="shard"), strict=True):
             record(out, repo, name, remote[name][1])
     except (ShardError, OSError):
         pool.shutdown(cancel_futures=True)
         raise
-    shutil.rmtree(staging, ignore_errors=True)
+    shutil.rmtree(out / STAGING, ignore_errors=True)
     return len(remote)
 
 
@@ -164,16 +150,13 @@ def provide(out: Path, repo: str, names: list[str]) -> int:
 
 
 def main() -> None:
-    here = Path(__file__).resolve().parent
     parser = argparse.ArgumentParser(description="Downloads FineWeb shards of GPT-2 tokens, 200 MB each.")
-    amount = parser.add_mutually_exclusive_group()
-    amount.add_argument("shards", nargs="?", type=int, default=9, metavar="N", help="train shards (default 9)")
-    amount.add_argument("--all", action="store_true", help="all train shards of the dataset")
+    parser.add_argument("shards", nargs="?", type=int, default=9, metavar="N", help="train shards (default 9)")
     parser.add_argument("--dataset", choices=DATASETS, default="fineweb10B", help="default: %(default)s")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the shards (default: data/DATASET)")
     args = parser.parse_args()
-    dataset, out = DATASETS[args.dataset], args.out or here / args.dataset
-    count = dataset.num_train if args.all else args.shards
+    dataset, out = DATASETS[args.dataset], args.out or Path(__file__).resolve().parent / args.dataset
+    count = args.shards
     if not 0 <= count <= dataset.num_train:
         parser.error(f"N is {count}, but {args.dataset} has {dataset.num_train:,} train shards")
     with shards.messages("cached_fineweb10B.py"):

@@ -95,7 +95,24 @@ def load_tokenizer(name: str, bos_token: str) -> Tokenizer:
     if name == "bytes":
         return Tokenizer(lambda text: np.frombuffer(text.encode(), np.uint8), BYTES_BOS, BYTES_BOS + 1)
     try:
-        encode, bos, vocab_size = (load_file if name.endswith(".json") else load_tiktoken)(name, bos_token)
+        if name.endswith(".json"):
+            import tokenizers
+
+            tokenizer = tokenizers.Tokenizer.from_file(name)
+            tokenizer.no_truncation()
+            tokenizer.no_padding()
+            tokenizer.encode_special_tokens = True  # a document that contains <|endoftext|> must not be cut there
+            encode = lambda text: np.array(tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int64)
+            bos, vocab_size = tokenizer.token_to_id(bos_token), 1 + max(tokenizer.get_vocab().values(), default=0)
+        else:
+            import tiktoken
+
+            encoding = tiktoken.get_encoding(name)
+            # As encode_ordinary, but an array: a list of Python integers takes 15 times the memory.
+            encode = functools.partial(encoding.encode_to_numpy, disallowed_special=())
+            bos, vocab_size = None, encoding.max_token_value + 1
+            if bos_token in encoding.special_tokens_set:
+                bos = encoding.encode_single_token(bos_token)
     except Exception as error:  # of the library, an HTTP client, TLS, proxy and disk, each its own
         raise ShardError(
             f"tokenizer {name} cannot be loaded: {error}\nWithout network: copy the folder TIKTOKEN_CACHE_DIR of a "
@@ -106,32 +123,9 @@ def load_tokenizer(name: str, bos_token: str) -> Tokenizer:
         raise ShardError(f"tokenizer {name} has {vocab_size:,} tokens, but shards hold at most {MAX_VOCAB_SIZE:,}")
     if bos is None or bos in encode(bos_token):
         raise ShardError(
-            f"{bos_token} is no special token of {name}, which no text can contain: name one with --bos to start "
-            "documents"
+            f"{bos_token} is no special token of {name}, which no text can contain: name one to start documents, --bos"
         )
     return Tokenizer(encode, bos, vocab_size)
-
-
-def load_tiktoken(name: str, bos_token: str) -> tuple[Callable[[str], np.ndarray], int | None, int]:
-    """Encoder, BOS and vocabulary size of an encoding of tiktoken."""
-    import tiktoken
-
-    encoding = tiktoken.get_encoding(name)
-    bos = encoding.encode_single_token(bos_token) if bos_token in encoding.special_tokens_set else None
-    # As encode_ordinary, but an array: a list of Python integers takes 15 times the memory.
-    return functools.partial(encoding.encode_to_numpy, disallowed_special=()), bos, encoding.max_token_value + 1
-
-
-def load_file(name: str, bos_token: str) -> tuple[Callable[[str], np.ndarray], int | None, int]:
-    """Encoder, BOS and vocabulary size of a Hugging Face tokenizers file."""
-    import tokenizers
-
-    tokenizer = tokenizers.Tokenizer.from_file(name)
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    tokenizer.encode_special_tokens = True  # a document that contains <|endoftext|> must not be cut there
-    encode = lambda text: np.array(tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int64)
-    return encode, tokenizer.token_to_id(bos_token), 1 + max(tokenizer.get_vocab().values(), default=0)
 
 
 # ---- reading, in the first thread ----
@@ -205,17 +199,16 @@ def utf8(text: object) -> bytes:
 
 def read(files: list[dict], start: Place, settings: Settings) -> Iterator[Document]:
     """The documents of the source from `start` on. Raises ShardError naming the file, and what of it is wrong."""
-    for index, (name, size) in enumerate((file["name"], file["size"]) for file in files):
-        if index < start.file:
-            continue
+    for index, file in enumerate(files[start.file :], start.file):
+        name = file["name"]
         unit = {".txt": "piece", ".parquet": "row"}.get(Path(name).suffix, "line")
         number = -1  # of the document read last
         try:
-            with (gzip.open if name.endswith(".gz") else open)(name, "rb") as file:
+            with (gzip.open if name.endswith(".gz") else open)(name, "rb") as content:
                 if unit == "piece":
-                    texts = read_text(file, settings.max_bytes or size + 1)
+                    texts = read_text(content, settings.max_bytes or file["size"] + 1)
                 else:
-                    texts = (read_parquet if unit == "row" else read_lines)(file, settings.text_field)
+                    texts = (read_parquet if unit == "row" else read_lines)(content, settings.text_field)
                 for number, text in enumerate(texts):
                     if (index, number) >= start[:2]:
                         yield Document(Place(index, number), f"{name}, {unit} {number + 1}", text)
@@ -242,20 +235,14 @@ def batched(documents: Iterable[Document]) -> Iterator[list[Document]]:
 def tokenize(documents: list[Document], settings: Settings, split: str | None) -> tuple[Place, np.ndarray]:
     """Place of these documents, and their tokens (n,) uint16, each after its BOS. Raises ShardError naming the one."""
     tokenizer, parts = load_tokenizer(settings.tokenizer, settings.bos), [np.empty(0, dtype="<u2")]
-    begin = documents[0].place
-    documents.reverse()
-    while documents:
-        place, name, text = documents.pop()  # and not kept: it can have half a gigabyte
+    for place, name, text in documents:
         try:
             for i, part in enumerate(cut(text, settings.max_bytes or len(text)), start=place.file + place.number):
                 if part and (split is None or (split == "val") == is_drawn(i, settings.one_in)):
                     parts += encode(part, tokenizer, settings.max_document)
-        except KeyboardInterrupt:
-            raise
         except BaseException as error:  # a panic of the libraries' Rust code is no Exception
             raise ShardError(f"{name}: the tokenizer failed on this document: {error}") from None
-        del text
-    return begin, np.concatenate(parts)
+    return documents[0].place, np.concatenate(parts)
 
 
 def in_order(tasks: Iterable[tuple], threads: int) -> Iterator[tuple[Place, np.ndarray]]:
@@ -404,8 +391,7 @@ def build(options: argparse.Namespace) -> tuple[dict, bool]:
         write_shards(path, record, settings, options.workers)
         if not record["shards"]:
             path.unlink()
-            few = ", or too few to draw one for validation" if drawn else ""
-            raise ShardError(f"the input has no documents{few}: nothing was written")
+            raise ShardError("the input has no documents, or too few to draw one for validation: nothing was written")
     return record, True
 
 

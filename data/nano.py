@@ -153,22 +153,17 @@ def build(out: Path, versions: dict[str, str], tuning: bool) -> tuple[dict, bool
                 f"Nothing was written. Restore the packages: pip install --force-reinstall --no-deps {PINS}"
             )
     shards.refuse_strangers(out, "tuning_" if tuning else "nano_")
-    entries, wrote = {}, False
+    wrote, entries = [], {}
     for name, content in contents.items():
-        if not (out / name).exists() or shards.sha256_of(out / name) != hashes[name]:
-            with shards.new_file(out / name) as file:
-                file.write(content)
-            wrote = True
+        wrote.append(shards.write(out / name, content))
         tokens, count = (len(content) - shards.HEADER_BYTES) // 2, len(found[name])
         entries[name] = {"sha256": hashes[name], "tokens": tokens, "documents": count}
         entries[name] |= shards.fingerprint(out / name)
     dataset = "nano_tuning" if tuning else "nano" if versions == PACKAGES else "nano of other versions"
     sidecar = {"dataset": dataset, "packages": versions, "left_out": left_out, "bos": BOS, "vocab_size": BOS + 1}
     sidecar["shards"] = entries
-    if shards.read_json(out / SIDECAR) != sidecar:
-        shards.write_json(out / SIDECAR, sidecar)
-        wrote = True
-    return sidecar, wrote
+    wrote.append(shards.write_json(out / SIDECAR, sidecar))
+    return sidecar, any(wrote)
 
 
 def main() -> None:
@@ -189,8 +184,6 @@ def main() -> None:
         f"nano data: {'wrote' if wrote else 'found'} {val:,} val and {train:,} train tokens of {described} in {out} "
         f"({time.perf_counter() - start:.1f} s)"
     )
-    if wrote and sidecar["left_out"]:
-        print(f"left out, near copies of validation files: {', '.join(sidecar['left_out'])}")
     if versions != PACKAGES:
         print(
             f"notice: the nano track is defined by the sources of {PINS}; losses on those of {described} are not "

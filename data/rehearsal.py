@@ -39,7 +39,6 @@ import numpy as np
 import shards
 from shards import GPT2_VOCAB_SIZE, SHARD_TOKENS, amount
 
-FORMAT = 1  # of the sequence of tokens: another number for a change by which the same settings give other shards
 SIDECAR = "rehearsal.json"
 VAL_PREDICTIONS = 10_485_760  # of `small`'s validation: tokens 1 to 10,485,760 of the stream, each given those before
 
@@ -83,11 +82,6 @@ class Settings:
         for i, begin in enumerate(range(0, self.tokens, self.shard_tokens), start=1):
             sizes[f"rehearsal_train_{i:06d}.bin"] = min(self.shard_tokens, self.tokens - begin)
         return sizes
-
-    @property
-    def described(self) -> dict[str, int | float]:
-        """As the sidecar has them."""
-        return asdict(self) | {"format": FORMAT}
 
 
 DEFAULTS = Settings()
@@ -290,8 +284,8 @@ class Source:
 
 def build(out: Path, settings: Settings) -> tuple[dict, bool]:
     """Writes what the folder, which must be held with `exclusive`, lacks; returns the sidecar, and whether it wrote."""
-    sizes, sidecar = settings.shards, shards.read_sidecar(out / SIDECAR, settings.described)
-    sidecar = sidecar or {"settings": settings.described, "dataset": "rehearsal", "shards": {}}
+    sizes, sidecar = settings.shards, shards.read_sidecar(out / SIDECAR, asdict(settings))
+    sidecar = sidecar or {"settings": asdict(settings), "dataset": "rehearsal", "shards": {}}
     sidecar |= {"bos": settings.bos, "vocab_size": settings.vocab_size}
     missing = [name for name in sizes if name not in sidecar["shards"]]
     if not missing and "floor" in sidecar:

@@ -142,10 +142,18 @@ def read_json(path: Path) -> dict:
     return content if isinstance(content, dict) else {}
 
 
-def write_json(path: Path, content: dict) -> None:
-    """As `new_file`, whose errors it raises."""
+def write(path: Path, content: bytes) -> bool:
+    """Sees that the file has this content; returns whether it had to be written. As `new_file`, whose errors it raises."""
+    if path.exists() and path.read_bytes() == content:
+        return False
     with new_file(path) as file:
-        file.write((json.dumps(content, indent=1) + "\n").encode())
+        file.write(content)
+    return True
+
+
+def write_json(path: Path, content: dict) -> bool:
+    """As `write`."""
+    return write(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def write_shard(path: Path, parts: Iterable[np.ndarray], bos: int, most: int) -> dict[str, str | int]:
