@@ -143,7 +143,7 @@ def read_json(path: Path) -> dict:
 
 
 def write(path: Path, content: bytes) -> bool:
-    """Sees that the file has this content; returns whether it had to be written. As `new_file`, whose errors it raises."""
+    """Sees that the file has this content, as `new_file`; returns whether it had to be written."""
     if path.exists() and path.read_bytes() == content:
         return False
     with new_file(path) as file:
