@@ -175,9 +175,10 @@ def main() -> None:
     options = parser.parse_args()
     out = options.out or Path(__file__).resolve().parent / ("nano_tuning" if options.tuning else "nano")
     start = time.perf_counter()
-    with shards.messages("nano.py"), shards.exclusive(out):
+    with shards.messages("nano.py"):
         versions = installed_versions()
-        sidecar, wrote = build(out, versions, options.tuning)
+        with shards.exclusive(out):
+            sidecar, wrote = build(out, versions, options.tuning)
     val, train = (entry["tokens"] for entry in sidecar["shards"].values())
     described = " and ".join(f"{name} {version}" for name, version in versions.items())
     print(
