@@ -669,8 +669,10 @@ def test_a_disk_that_fills_up(tmp_path):
     texts = [f"document {i}" for i in range(1000)]
     write_documents(tmp_path / "a.jsonl", texts)
     out, options = tmp_path / "out", ["--input", tmp_path / "a.jsonl", "--tokenizer", "bytes", "--shard-tokens", 4000]
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (9500, 9500))
-    write_documents(tmp_path / "a.jsonl", texts)
+    run(out, *options)
+    for path in out.glob("*_train_*.bin"):
+        path.unlink()
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
     output = run(out, *options, code=1, preexec_fn=limit)
     assert "fineweb_train_000001.bin was not written: File too large. Finished files are kept" in output
     assert_same(shards(out), expected(texts, 4000, limit=4000))
