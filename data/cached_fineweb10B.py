@@ -2,13 +2,13 @@
 
     python data/cached_fineweb10B.py          # the validation shard and the first 9 train shards: enough for `small`
     python data/cached_fineweb10B.py 20       # the first 20 train shards
-    python data/cached_fineweb10B.py --all --dataset finewebedu10B --out /shards
+    python data/cached_fineweb10B.py 99 --dataset finewebedu10B --out /shards      # all of another one
 
 A shard holds 100M tokens (200 MB). huggingface_hub fetches it, by Xet where the hub and the machine have it, which is
-the fastest way to these files, else by plain HTTP; the tests, which have no hub but their own, know the latter alone.
+the fastest way to these files, else by plain HTTP, which alone the tests know.
 A shard has its name only once its SHA-256 is the hub's. An interrupted call goes on shard by shard. sha256.json beside
 the shards says which were compared: the next call believes it for every file of the same size and time of change, and
-uses no network.
+uses no network. Of other files it asks the hub for the SHA-256, and fetches those that have another one.
 
 HF_ENDPOINT names a mirror of the hub, HF_TOKEN an account with a higher rate limit, HF_XET_HIGH_PERFORMANCE=1 gives
 Xet all cores and the whole line.
@@ -16,20 +16,22 @@ Xet all cores and the whole line.
 
 import argparse
 import contextlib
-import json
-import re
+import os
 import shutil
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import shards
-from shards import HubError, ShardError
+from shards import ShardError
+
+# Before huggingface_hub is imported, which would first ask the hub for a list of AI agents, for its User-Agent.
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 IN_FLIGHT = 4  # files
-SIDECAR = "sha256.json"
-SHA256 = re.compile("[0-9a-f]{64}")
+SIDECAR, STAGING = "sha256.json", ".download"
 
 WAYS_OUT = """Three ways out:
   1. try again: shards that are complete are kept
@@ -55,154 +57,110 @@ DATASETS = {
 }
 
 
-def described(path: Path) -> dict[str, int]:
-    """What the sidecar has of a shard beside its SHA-256. Raises ShardError where header and length do not fit."""
-    return {"tokens": shards.read_shard_header(path)} | shards.fingerprint(path)
-
-
 def read_sidecar(out: Path, repo: str) -> dict[str, dict]:
-    """For each shard whose SHA-256 was compared: {"sha256", "tokens", "size", "mtime_ns"}. Of a damaged one, nothing.
+    """For each shard whose SHA-256 was compared: {"sha256", "tokens", "size", "mtime_ns"}.
 
     Raises ShardError if the folder holds shards of another repo: they have the same names.
     """
-    try:
-        sidecar = json.loads((out / SIDECAR).read_text())
-        found, entries = sidecar["repo"], sidecar["shards"].items()
-        known = {name: entry for name, entry in entries if SHA256.fullmatch(entry["sha256"])}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}
-    if found != repo:
+    sidecar = shards.read_json(out / SIDECAR)
+    if (found := sidecar.get("repo", repo)) != repo:
         raise ShardError(f"{out} holds shards of {found}, not of {repo}: name another folder with --out")
-    return known
+    return sidecar.get("shards", {})
 
 
-def write_sidecar(out: Path, repo: str, known: dict[str, dict]) -> None:
-    """The folder must be held with `exclusive`."""
+def record(out: Path, repo: str, name: str, sha256: str) -> None:
+    """Notes that this shard was compared. The folder must be held with `exclusive`."""
+    path = out / name
+    entry = {"sha256": sha256, "tokens": shards.read_shard_header(path), **shards.fingerprint(path)}
     sidecar = {"dataset": repo.split("/")[1].removesuffix("-gpt2"), "repo": repo}
-    sidecar |= {"bos": shards.GPT2_BOS, "vocab_size": shards.GPT2_VOCAB_SIZE, "shards": dict(sorted(known.items()))}
+    sidecar |= {"bos": shards.GPT2_BOS, "vocab_size": shards.GPT2_VOCAB_SIZE}
+    sidecar["shards"] = dict(sorted((read_sidecar(out, repo) | {name: entry}).items()))
     shards.write_json(out / SIDECAR, sidecar)
 
 
-def on_hub(repo: str, names: list[str]) -> dict[str, tuple[int, str]]:
-    """Size and SHA-256 of these files of a dataset repo. Raises HubError."""
-
-    def ask() -> list:
-        from huggingface_hub import HfApi
-
-        batches = (names[begin : begin + 500] for begin in range(0, len(names), 500))
-        return [file for batch in batches for file in HfApi().get_paths_info(repo, batch, repo_type="dataset")]
-
-    found = {file.path: file for file in shards.hub_call(f"sizes and hashes of {repo}", ask, waits=())}
-    for name in names:
-        if name not in found or not found[name].lfs:
-            raise HubError(f"the hub has no file {name} with a SHA-256 in {repo}: is HF_ENDPOINT a mirror of it?")
-    return {name: (found[name].size, found[name].lfs.sha256) for name in names}
+def unknown(out: Path, repo: str, names: list[str]) -> list[str]:
+    """Those of the names whose file is not there, or is not the one that the sidecar knows."""
+    known = read_sidecar(out, repo)
+    same = lambda path: path.exists() and known.get(path.name, {}).items() >= shards.fingerprint(path).items()
+    return [name for name in names if not same(out / name)]
 
 
-def missing_shards(out: Path, names: list[str], known: dict[str, dict], repo: str) -> list[str]:
-    """Which shards have to be fetched. Brings `known` up to date.
-
-    A file that is not as `known` has it is hashed. What it should be, the hub says where `known` does not; if the hub
-    cannot be asked, header and length have to do, and that is not recorded.
-    """
-    strangers = [name for name in names if name not in known and (out / name).exists()]
+@contextlib.contextmanager
+def asking_hub(what: str) -> Iterator[None]:
+    """Has the body, which asks the hub by a client that tries again by itself, end with a ShardError."""
     try:
-        remote = on_hub(repo, strangers) if strangers else {}
-    except HubError as error:
-        print(f"notice: {len(strangers)} shards are accepted by header and length alone: {error}", file=sys.stderr)
-        remote = {}
-    missing = []
-    for name in names:
-        path = out / name
-        if not path.exists():
-            missing.append(name)
-            continue
-        try:
-            entry, found = known.get(name, {}), described(path)
-            expected = entry.get("sha256") or remote.get(name, (0, None))[1]
-            if expected and not entry.items() >= found.items():
-                print(f"comparing the SHA-256 of {path}, which is new or was touched", file=sys.stderr)
-                if (sha256 := shards.sha256_of(path)) != expected:
-                    raise ShardError(f"{path} has SHA-256 {sha256}, expected {expected}")
-                known[name] = {"sha256": sha256} | found
-        except ShardError as error:
-            print(f"{error}: fetching it again", file=sys.stderr)
-            missing.append(name)
-    return missing
+        yield
+    except Exception as error:  # hub, HTTP client, TLS and Xet each have their own
+        if isinstance(error, OSError) and error.errno:  # of the disk
+            raise
+        endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+        raise ShardError(f"no {what} from {endpoint}: {error or type(error).__name__}\n{WAYS_OUT}") from error
 
 
-def fetch(out: Path, staging: Path, repo: str, name: str, expected: str) -> dict:
-    """Fetches one file, verifies it, gives it its name; returns its entry of the sidecar. Raises ShardError."""
-
-    def verified() -> Path:
+def fetch(out: Path, repo: str, name: str, expected: str) -> None:
+    """Fetches one file, verifies it, gives it its name. Raises ShardError."""
+    with asking_hub(f"{repo}/{name}"):
         from huggingface_hub import hf_hub_download
 
-        path = hf_hub_download(repo, name, repo_type="dataset", local_dir=staging, force_download=True)
+        path = hf_hub_download(repo, name, repo_type="dataset", local_dir=out / STAGING, force_download=True)
         if (found := shards.sha256_of(path)) != expected:
-            raise OSError(f"it arrived with wrong bytes: SHA-256 {found}, expected {expected}")
-        return Path(path)
-
-    path = shards.hub_call(f"{repo}/{name}", verified, shards.HUB_WAITS)
-    try:
-        shards.read_shard_header(path)
-    except ShardError as error:
-        raise HubError(f"{repo}/{name} is as the hub has it, but no shard: {error}") from error
+            raise ValueError(f"it arrived with wrong bytes: SHA-256 {found}, expected {expected}")
+        shards.read_shard_header(Path(path))
     shards.publish(path, out / name)
-    return {"sha256": expected} | described(out / name)
 
 
-def download(out: Path, names: list[str], known: dict[str, dict], repo: str) -> None:
-    """Fetches these shards into the folder, which must be held with `exclusive`. Raises ShardError."""
+def download(out: Path, repo: str, names: list[str]) -> int:
+    """Sees that these shards are the hub's; returns how many had to be fetched. The folder is held with `exclusive`."""
     from tqdm import tqdm
 
-    remote = on_hub(repo, names)
+    with asking_hub(f"sizes and hashes of {repo}"):
+        from huggingface_hub import HfApi
+
+        files = HfApi().dataset_info(repo, files_metadata=True).siblings
+        found = {file.rfilename: (file.size, file.lfs.sha256) for file in files if file.lfs}
+        if missing := [name for name in names if name not in found]:
+            raise LookupError(f"it has no file {missing[0]} with a SHA-256: is it a mirror of the hub?")
+    remote = {name: found[name] for name in names}
+    for name in [name for name in names if (out / name).exists()]:
+        if shards.sha256_of(out / name) == remote[name][1]:
+            record(out, repo, name, remote.pop(name)[1])
+        else:
+            print(f"{out / name} is not the hub's: fetching it again", file=sys.stderr)
     shards.require_space(out, sum(size for size, _ in remote.values()))
-    staging = out / ".download"
-    shutil.rmtree(staging, ignore_errors=True)  # what a killed call has left
+    shutil.rmtree(out / STAGING, ignore_errors=True)  # what a killed call has left
     pool = ThreadPoolExecutor(IN_FLIGHT)  # not by `with`, which would have Ctrl-C wait for what is in flight
-    entries = pool.map(lambda name: fetch(out, staging, repo, name, remote[name][1]), names)
+    fetched = pool.map(lambda name: fetch(out, repo, name, remote[name][1]), remote)
     try:
-        for name, entry in zip(names, tqdm(entries, repo, len(names), unit="shard"), strict=True):
-            known[name] = entry
-            write_sidecar(out, repo, known)
+        for name, _ in zip(remote, tqdm(fetched, repo, len(remote), unit="shard"), strict=True):
+            record(out, repo, name, remote[name][1])
     except (ShardError, OSError):
         pool.shutdown(cancel_futures=True)
         raise
-    shutil.rmtree(staging, ignore_errors=True)
+    shutil.rmtree(out / STAGING, ignore_errors=True)
+    return len(remote)
 
 
-def provide(out: Path, names: list[str], repo: str) -> int:
+def provide(out: Path, repo: str, names: list[str]) -> int:
     """Sees that these shards are in the folder; returns how many had to be fetched. Raises ShardError."""
-    known = read_sidecar(out, repo)
-    before = dict(known)
-    missing = missing_shards(out, names, known, repo)  # without the lock: a complete folder may be read-only
-    if missing:
-        with shards.exclusive(out):
-            known |= read_sidecar(out, repo)  # another process may have fetched them meanwhile
-            missing = missing_shards(out, names, known, repo)
-            if missing:
-                download(out, missing, known, repo)
-    elif known != before:
-        with contextlib.suppress(ShardError), shards.exclusive(out):
-            write_sidecar(out, repo, known)
-    return len(missing)
+    if not unknown(out, repo, names):  # without the lock: a complete folder may be read-only
+        return 0
+    with shards.exclusive(out):
+        missing = unknown(out, repo, names)  # another process may have fetched them meanwhile
+        return download(out, repo, missing) if missing else 0
 
 
 def main() -> None:
-    here = Path(__file__).resolve().parent
     parser = argparse.ArgumentParser(description="Downloads FineWeb shards of GPT-2 tokens, 200 MB each.")
-    amount = parser.add_mutually_exclusive_group()
-    amount.add_argument("shards", nargs="?", type=int, default=9, metavar="N", help="train shards (default 9)")
-    amount.add_argument("--all", action="store_true", help="all train shards of the dataset")
+    parser.add_argument("shards", nargs="?", type=int, default=9, metavar="N", help="train shards (default 9)")
     parser.add_argument("--dataset", choices=DATASETS, default="fineweb10B", help="default: %(default)s")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the shards (default: data/DATASET)")
     args = parser.parse_args()
-    dataset, out = DATASETS[args.dataset], args.out or here / args.dataset
-    count = dataset.num_train if args.all else args.shards
+    dataset, out = DATASETS[args.dataset], args.out or Path(__file__).resolve().parent / args.dataset
+    count = args.shards
     if not 0 <= count <= dataset.num_train:
         parser.error(f"N is {count}, but {args.dataset} has {dataset.num_train:,} train shards")
-    with shards.messages("cached_fineweb10B.py", WAYS_OUT):
-        fetched = provide(out, dataset.shard_names(count), dataset.repo)
+    with shards.messages("cached_fineweb10B.py"):
+        fetched = provide(out, dataset.repo, dataset.shard_names(count))
     what = f"the validation shard and {count:,} train shards"
     print(f"{args.dataset} data: " + (f"fetched {fetched:,}; {what} are in" if fetched else f"found {what} in"), out)
 

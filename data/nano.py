@@ -8,15 +8,12 @@ whatever the torch. A twentieth of the files, drawn by the hash of their paths, 
 half of the lines of one of those is left out of training. Files are cut at line ends into pieces of at most 8,192
 bytes; each piece is a document: the BOS token 256, then its bytes. Pieces stand in the order of a hash, so that any
 prefix of a shard is a fair sample. With --tuning the validation files are left out, and another twentieth takes their
-place.
+place. Every call makes the shards anew, in less than a second, and writes those that are not as they should be.
 """
 
 import argparse
-import base64
-import csv
 import hashlib
 import importlib.metadata
-import json
 import sys
 import time
 from collections import Counter, defaultdict
@@ -30,14 +27,13 @@ from shards import ShardError
 
 PACKAGES = {"sympy": "1.14.0", "networkx": "3.6.1"}  # whose sources define the track
 PINS = " ".join(f"{name}=={version}" for name, version in PACKAGES.items())  # as pip takes them
-BOS, VOCAB_SIZE = 256, 257  # bytes are 0..255
+BOS = 256  # bytes are 0..255
 PIECE_BYTES = 8192
 PARTS = 20  # of the files; part 0 is for validation, part 1 for validation while tuning
 COMMON_LINE = 20  # bytes: shorter lines, such as `else:`, say nothing about where a file comes from
 VAL_SHARD, TRAIN_SHARD = "nano_val_000000.bin", "nano_train_000001.bin"
 TUNING_VAL_SHARD, TUNING_TRAIN_SHARD = "tuning_val_000000.bin", "tuning_train_000001.bin"
 SIDECAR = "nano.json"  # versions, hashes and counts of the shards beside it
-RESTORE = f"Restore the packages: pip install --force-reinstall --no-deps {PINS}"
 
 PINNED_SHA256 = {
     VAL_SHARD: "168d8b3ea491e132eeba5ec9666737a4f29754d6220f0154293d2b40d1687881",
@@ -62,32 +58,12 @@ def installed_versions() -> dict[str, str]:
     return {name: package(name).version for name in PACKAGES}
 
 
-def source_files() -> Iterator[tuple[str, Path, str]]:
-    """(posix path relative to site-packages, file, hash as in RECORD) of the Python files of both packages.
-
-    The wheel's RECORD lists them, so that a file which somebody dropped into the folder does not change the track.
-    Without a RECORD (conda, a distribution's package) everything in the folder counts, and the hashes are "".
-    """
-    for name in PACKAGES:
-        found = package(name)
-        site = Path(found.locate_file(""))
-        if record := found.read_text("RECORD"):
-            files = [(path, recorded) for path, recorded, _ in csv.reader(record.splitlines())]
-        else:
-            files = [(path.relative_to(site).as_posix(), "") for path in (site / name).rglob("*.py")]
-        for path, recorded in files:
-            if path.startswith(f"{name}/") and path.endswith(".py"):
-                yield path, site / path, recorded
-
-
 def read_sources() -> dict[str, bytes]:
-    """Text by name of every file; empty ones will give no document. Raises ShardError where one is gone."""
+    """Text of all Python files of both packages, by posix path relative to site-packages."""
     sources = {}
-    for name, path, _ in source_files():
-        try:
-            sources[name] = path.read_bytes()
-        except FileNotFoundError:
-            raise ShardError(f"{path} belongs to an installed package but is gone. {RESTORE}") from None
+    for name in PACKAGES:
+        site = Path(package(name).locate_file(""))
+        sources |= {path.relative_to(site).as_posix(): path.read_bytes() for path in (site / name).rglob("*.py")}
     return sources
 
 
@@ -160,69 +136,34 @@ def shard_bytes(texts: list[bytes]) -> bytes:
     return shards.shard_header(len(tokens)) + tokens.tobytes()
 
 
-def modified_files() -> list[str]:
-    """Names of the Python files whose hash is not the one in their wheel's RECORD."""
-    modified = []
-    for name, path, recorded in source_files():
-        method, _, expected = recorded.partition("=")
-        if expected:
-            digest = hashlib.new(method, path.read_bytes()).digest()
-            if base64.urlsafe_b64encode(digest).rstrip(b"=").decode() != expected:
-                modified.append(name)
-    return modified
+def build(out: Path, versions: dict[str, str], tuning: bool) -> tuple[dict, bool]:
+    """Writes the shards and the sidecar that `out` lacks or has otherwise; returns the sidecar, and whether it wrote.
 
-
-def check_pin(name: str, sha256: str) -> None:
-    """Raises ShardError if `sha256` is not the pinned one of this shard."""
-    if sha256 == PINNED_SHA256[name]:
-        return
-    modified = modified_files()
-    culprits = f"\n  modified   {', '.join(modified[:5])}{' …' if len(modified) > 5 else ''}" if modified else ""
-    raise ShardError(
-        f"{name} made from {' and '.join(PACKAGES)} is not the pinned one: were the installed packages modified?\n"
-        f"  SHA-256    {sha256}\n  expected   {PINNED_SHA256[name]}{culprits}\n"
-        f"Nothing was written. {RESTORE}"
-    )
-
-
-def verified_sidecar(out: Path, versions: dict[str, str], names: tuple[str, str]) -> dict | None:
-    """The sidecar if the shards beside it were made from these versions and have the hashes it gives, else None."""
-    try:
-        sidecar = json.loads((out / SIDECAR).read_text())
-        for name in names:
-            sha256 = sidecar["shards"][name]["sha256"]
-            if versions == PACKAGES and sha256 != PINNED_SHA256[name]:
-                return None
-            if shards.sha256_of(out / name) != sha256:
-                return None
-        return sidecar if sidecar["packages"] == versions else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def build(out: Path, versions: dict[str, str], tuning: bool) -> dict:
-    """Writes both shards and the sidecar into `out`; returns the sidecar."""
+    Raises ShardError, before it writes anything, where the pinned versions do not give the pinned shards.
+    """
     sources, left_out = splits(tuning)
-    shards.refuse_strangers(out, sources)
-    entries, contents = {}, {}
-    for name, texts in sources.items():
-        if not texts:
-            raise ShardError(f"the installed packages have no Python files for {name}. {RESTORE}")
-        found = documents(texts)
-        contents[name] = shard_bytes(found)
-        sha256 = hashlib.sha256(contents[name]).hexdigest()
-        if versions == PACKAGES:
-            check_pin(name, sha256)
-        entries[name] = {"sha256": sha256, "tokens": len(found) + sum(map(len, found)), "documents": len(found)}
+    found = {name: documents(texts) for name, texts in sources.items()}
+    contents = {name: shard_bytes(texts) for name, texts in found.items()}
+    hashes = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+    for name, sha256 in hashes.items():
+        if versions == PACKAGES and sha256 != PINNED_SHA256[name]:
+            raise ShardError(
+                f"{name} made from {' and '.join(PACKAGES)} is not the pinned one: were the installed packages "
+                f"modified?\n  SHA-256    {sha256}\n  expected   {PINNED_SHA256[name]}\n"
+                f"Nothing was written. Restore the packages: pip install --force-reinstall --no-deps {PINS}"
+            )
+    shards.refuse_strangers(out, "tuning_" if tuning else "nano_")
+    wrote, entries = [], {}
     for name, content in contents.items():
-        with shards.new_file(out / name) as file:
-            file.write(content)
+        wrote.append(shards.write(out / name, content))
+        tokens, count = (len(content) - shards.HEADER_BYTES) // 2, len(found[name])
+        entries[name] = {"sha256": hashes[name], "tokens": tokens, "documents": count}
         entries[name] |= shards.fingerprint(out / name)
     dataset = "nano_tuning" if tuning else "nano" if versions == PACKAGES else "nano of other versions"
-    sidecar = {"dataset": dataset, "packages": versions, "left_out": left_out, "bos": BOS, "vocab_size": VOCAB_SIZE}
-    # It vouches for the shards, so it comes last; killed before that, the next call starts again.
-    shards.write_json(out / SIDECAR, sidecar | {"shards": entries})
-    return sidecar | {"shards": entries}
+    sidecar = {"dataset": dataset, "packages": versions, "left_out": left_out, "bos": BOS, "vocab_size": BOS + 1}
+    sidecar["shards"] = entries
+    wrote.append(shards.write_json(out / SIDECAR, sidecar))
+    return sidecar, any(wrote)
 
 
 def main() -> None:
@@ -232,23 +173,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the shards (default: nano or nano_tuning)")
     parser.add_argument("--tuning", action="store_true", help="leave the validation files out, hold out others")
     options = parser.parse_args()
-    names = (TUNING_VAL_SHARD, TUNING_TRAIN_SHARD) if options.tuning else (VAL_SHARD, TRAIN_SHARD)
     out = options.out or Path(__file__).resolve().parent / ("nano_tuning" if options.tuning else "nano")
     start = time.perf_counter()
     with shards.messages("nano.py"):
         versions = installed_versions()
-        sidecar, verb = verified_sidecar(out, versions, names), "found"
-        if sidecar is None:
-            with shards.exclusive(out):
-                sidecar = verified_sidecar(out, versions, names)  # another process may have written them meanwhile
-                if sidecar is None:
-                    sidecar, verb = build(out, versions, options.tuning), "wrote"
-    val, train = (sidecar["shards"][name]["tokens"] for name in names)
-    seconds = time.perf_counter() - start
+        with shards.exclusive(out):
+            sidecar, wrote = build(out, versions, options.tuning)
+    val, train = (entry["tokens"] for entry in sidecar["shards"].values())
     described = " and ".join(f"{name} {version}" for name, version in versions.items())
-    print(f"nano data: {verb} {val:,} val and {train:,} train tokens of {described} in {out} ({seconds:.1f} s)")
-    if verb == "wrote" and sidecar["left_out"]:
-        print(f"left out, near copies of validation files: {', '.join(sidecar['left_out'])}")
+    print(
+        f"nano data: {'wrote' if wrote else 'found'} {val:,} val and {train:,} train tokens of {described} in {out} "
+        f"({time.perf_counter() - start:.1f} s)"
+    )
     if versions != PACKAGES:
         print(
             f"notice: the nano track is defined by the sources of {PINS}; losses on those of {described} are not "

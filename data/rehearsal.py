@@ -16,12 +16,12 @@ floor that no model can pass. GPT-2's vocabulary; a document is BOS and 1 to `ma
 With the defaults the floor is 2.87 nats/token. Who knows the lists, but no more of the past than one token, gets to
 3.40: copies have to be attended to before `small`'s target of 3.28 is reached.
 
-Beside the shards, `rehearsal_source.npz` has every probability as an integer, and `rehearsal.json` the settings and, of
-the first `predictions` predictions of the validation shard, `floor`, their mean -log p, which is the loss of a perfect
-model (a BOS is predicted like any other token; the past is the whole document, even where a model is shown only part of
-it), and `unigram`, the entropy of the frequencies of the tokens predicted there: what a model gets without any past.
+Beside the shards, `rehearsal.json` has the settings and, of the first `predictions` predictions of the validation
+shard, `floor`, their mean -log p, which is the loss of a perfect model (a BOS is predicted like any other token; the
+past is the whole document, even where a model is shown only part of it), and `unigram`, the entropy of the frequencies
+of the tokens predicted there: what a model gets without any past.
 
-The same settings give the same bytes on every machine and for any number of workers. A call that was killed goes on
+The same settings give the same bytes on every machine. A call that was killed goes on
 with the first shard it did not finish; a folder with other settings, or with shards of other origin, is refused and
 left as it is.
 """
@@ -30,49 +30,42 @@ import argparse
 import math
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import closing
-from dataclasses import asdict, dataclass, field, fields
-from functools import cache, cached_property
-from itertools import islice
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 import shards
-from shards import GPT2_VOCAB_SIZE, SHARD_TOKENS, ShardError, amount
+from shards import GPT2_VOCAB_SIZE, SHARD_TOKENS, amount
 
-FORMAT = 1  # of the sequence of tokens: another number for a change by which the same settings give other shards
-SIDECAR, SOURCE = "rehearsal.json", "rehearsal_source.npz"
+SIDECAR = "rehearsal.json"
 VAL_PREDICTIONS = 10_485_760  # of `small`'s validation: tokens 1 to 10,485,760 of the stream, each given those before
 
-BLOCK_TOKENS = 1 << 23  # what a worker makes at a time: 16 MB of tokens
+BLOCK_TOKENS = 1 << 23  # made at a time: 16 MB of tokens
 LANE_TOKENS = 1 << 13  # a block is made in about 1,024 lanes side by side, long enough for whole documents
 DRAW_BITS, LIST_BITS = 32, 16  # probabilities are integers / 2^32 for what is drawn once a document, else / 2^16
 SCORE_TOKENS = 1 << 18  # scored at a time
 CHAIN, COPY = 2**16 - 1, 2**16 - 2  # in the plan of a block, where no token can be said yet
 
 
-def option(default: int | float, help: str, parse=int) -> int | float:
-    return field(default=default, metadata={"help": help, "parse": parse})
-
-
 @dataclass(frozen=True)
 class Settings:
-    """All that the tokens depend on; every field is an option of the command line."""
+    """All that the tokens depend on. The command line changes the first four; others are for tests of the source."""
 
-    seed: int = option(0, "of everything random")
-    tokens: int = option(700_000_000, "train tokens; a run of `small` takes 565M of the default ones", amount)
-    shard_tokens: int = option(SHARD_TOKENS, "tokens of a train shard", amount)
-    val_tokens: int = option(VAL_PREDICTIONS + 1, "tokens of the validation shard", amount)
-    vocab_size: int = option(GPT2_VOCAB_SIZE, "number of tokens; the last is BOS, the one before it the marker")
-    median_length: float = option(400.0, "median of the tokens after a BOS", float)
-    sigma: float = option(1.1, "standard deviation of the logarithm of their number", float)
-    max_length: int = option(16_384, "most tokens after a BOS", amount)
-    classes: int = option(2048, "number of lists")
-    branches: int = option(64, "tokens of a list")
-    copy_distance: int = option(256, "tokens between a token and its copy")
-    copy_length: int = option(64, "tokens copied after a marker")
-    marker_one_in: int = option(64, "steps to a marker, on average, where one may stand; a power of two")
+    seed: int = 0  # of everything random
+    tokens: int = 700_000_000  # for training; a run of `small` takes 565M
+    shard_tokens: int = SHARD_TOKENS  # of a train shard
+    val_tokens: int = VAL_PREDICTIONS + 1
+    vocab_size: int = GPT2_VOCAB_SIZE  # the last token is BOS, the one before it the marker
+    median_length: float = 400.0  # of the tokens after a BOS
+    sigma: float = 1.1  # standard deviation of the logarithm of their number
+    max_length: int = 16_384  # tokens after a BOS
+    classes: int = 2048  # lists
+    branches: int = 64  # tokens of a list
+    copy_distance: int = 256  # tokens between a token and its copy
+    copy_length: int = 64  # tokens copied after a marker; less than copy_distance, as they come from before it
+    marker_one_in: int = 64  # steps to a marker, on average, where one may stand; a power of two
 
     @property
     def bos(self) -> int:
@@ -90,35 +83,8 @@ class Settings:
             sizes[f"rehearsal_train_{i:06d}.bin"] = min(self.shard_tokens, self.tokens - begin)
         return sizes
 
-    @property
-    def described(self) -> dict[str, int | float]:
-        """As the sidecar has them."""
-        return asdict(self) | {"format": FORMAT}
 
-    def check(self) -> None:
-        """Raises ShardError for a setting out of its range."""
-        for name, least, most in (
-            ("seed", 0, 2**64 - 1),
-            ("shard_tokens", 2, 2**31 - 1),  # the count in a shard's header is an int32
-            ("tokens", 2, 999_999 * self.shard_tokens),  # six digits in the names
-            ("val_tokens", 2, 2**31 - 1),
-            ("vocab_size", 4, COPY),
-            ("median_length", 0.5, 1e6),
-            ("sigma", 0.01, 10),
-            ("max_length", 1, 10**6),
-            ("classes", 1, self.marker),
-            ("branches", 1, min(self.marker // 2, 4096)),  # above half of all tokens drawing a list takes long
-            ("copy_distance", 2, 4096),
-            ("copy_length", 1, self.copy_distance - 1),  # a copy comes from before the marker
-            ("marker_one_in", 2, 2**LIST_BITS),
-        ):
-            value = getattr(self, name)
-            if not least <= value <= most:
-                raise ShardError(
-                    f"--{name.replace('_', '-')}: found {value:,}, expected between {least:,} and {most:,}"
-                )
-        if self.marker_one_in & (self.marker_one_in - 1):
-            raise ShardError(f"--marker-one-in: found {self.marker_one_in}, expected a power of two")
+DEFAULTS = Settings()
 
 
 def counts(cumulative: Iterable[float], bits: int) -> np.ndarray:
@@ -315,102 +281,55 @@ class Source:
             raise RuntimeError("the shard holds a token that its source never gives")
         return {"floor": floor, "predictions": predictions, "unigram": entropy(np.bincount(tokens[1:]))}
 
-    def save(self, path: Path) -> None:
-        """All probabilities, as integers of which those of a distribution add up to a power of two."""
-        with shards.new_file(path) as file:
-            np.savez(
-                file,
-                length_counts=self.length_counts,
-                first_counts=self.first_counts,
-                branch_counts=self.branch_counts,
-                lists=self.lists,
-            )
 
-
-source_of = cache(Source)  # once in each process
-
-
-def make_block(settings: Settings, *task: int) -> np.ndarray:
-    return source_of(settings).block(*task)
-
-
-def read_sidecar(out: Path, settings: Settings) -> dict | None:
-    """As that of `shards`, whose errors it raises, and one where the folder has other shards as well."""
-    sidecar = shards.read_sidecar(out / SIDECAR, "*_*_*.bin", settings.described)
-    if sidecar is not None:
-        shards.refuse_strangers(out, settings.shards)
-    return sidecar
-
-
-def is_complete(out: Path, settings: Settings, sidecar: dict | None) -> bool:
-    if sidecar is None or "floor" not in sidecar or not (out / SOURCE).exists():
-        return False
-    return len(sidecar["shards"]) == len(settings.shards)
-
-
-def build(out: Path, settings: Settings, sidecar: dict | None, workers: int) -> dict:
-    """Writes what the folder lacks; returns the sidecar. The folder must be held with `exclusive`."""
+def build(out: Path, settings: Settings) -> tuple[dict, bool]:
+    """Writes what the folder, which must be held with `exclusive`, lacks; returns the sidecar, and whether it wrote."""
+    sizes, sidecar = settings.shards, shards.read_sidecar(out / SIDECAR, asdict(settings))
+    sidecar = sidecar or {"settings": asdict(settings), "dataset": "rehearsal", "shards": {}}
+    sidecar |= {"bos": settings.bos, "vocab_size": settings.vocab_size}
+    missing = [name for name in sizes if name not in sidecar["shards"]]
+    if not missing and "floor" in sidecar:
+        return sidecar, False
     from tqdm import tqdm  # here: its import would slow down every start that has its data
 
-    sizes, source = settings.shards, Source(settings)
-    sidecar = sidecar or {"settings": settings.described, "dataset": "rehearsal", "shards": {}}
-    sidecar |= {"bos": settings.bos, "vocab_size": settings.vocab_size, "marker": settings.marker}
-    missing = [name for name in sizes if name not in sidecar["shards"]]
-    shards.require_space(out, sum(shards.HEADER_BYTES + 2 * sizes[name] for name in missing) + 4 * 2**20)
+    shards.require_space(out, sum(shards.HEADER_BYTES + 2 * sizes[name] for name in missing) + 2**20)
     shards.write_json(out / SIDECAR, sidecar)  # first, so that no shard is ever of unknown settings
-    source.save(out / SOURCE)
-
-    numbers = {name: number for number, name in enumerate(sizes)}
-    starts = {name: range(0, sizes[name], BLOCK_TOKENS) for name in missing}
-    tasks = [
-        (settings, numbers[name], block, min(BLOCK_TOKENS, sizes[name] - begin))
-        for name in missing
-        for block, begin in enumerate(starts[name])
-    ]
-    workers = max(min(workers, len(tasks)), 1)
-    with closing(shards.map_in_order(make_block, tasks, workers, ahead=2)) as blocks:
-        for name in tqdm(missing, unit="shard", disable=None):
-            # Blocks are a little longer than asked for: the last document of a shard is cut.
-            blocks_of_shard = islice(blocks, len(starts[name]))
-            sidecar["shards"][name] = shards.write_shard(out / name, blocks_of_shard, settings.bos, sizes[name])
-            shards.write_json(out / SIDECAR, sidecar)
-    if "floor" not in sidecar:
-        predictions = min(VAL_PREDICTIONS, settings.val_tokens - 1)
-        val = np.fromfile(out / next(iter(sizes)), "<u2", count=predictions + 1, offset=shards.HEADER_BYTES)
-        sidecar |= source.score(val, predictions)
+    source = Source(settings)
+    for name in tqdm(missing, unit="shard", disable=None):
+        # Blocks are a little longer than asked for: the last document of a shard is cut.
+        number, size = list(sizes).index(name), sizes[name]
+        begins = enumerate(range(0, size, BLOCK_TOKENS))
+        blocks = (source.block(number, block, min(BLOCK_TOKENS, size - begin)) for block, begin in begins)
+        sidecar["shards"][name] = shards.write_shard(out / name, blocks, settings.bos, size)
         shards.write_json(out / SIDECAR, sidecar)
-    return sidecar
+    predictions = min(VAL_PREDICTIONS, settings.val_tokens - 1)
+    val = np.fromfile(out / next(iter(sizes)), "<u2", count=predictions + 1, offset=shards.HEADER_BYTES)
+    sidecar |= source.score(val, predictions)
+    shards.write_json(out / SIDECAR, sidecar)
+    return sidecar, True
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description="Writes made-up shards of known entropy for a rehearsal of the small track."
+        description="Writes made-up shards of known entropy for a rehearsal of the small track.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    default = Path(__file__).resolve().parent / "rehearsal"
-    parser.add_argument("--out", type=Path, default=default, metavar="DIR", help="folder of the shards (%(default)s)")
-    cores = shards.available_cores()
-    # With more than four the one process that writes and hashes what they make does not keep up.
-    parser.add_argument("--workers", type=int, default=min(cores, 4), metavar="N", help="processes (%(default)s)")
-    for f in fields(Settings):
-        flag, help = "--" + f.name.replace("_", "-"), f"{f.metadata['help']} (%(default)s)"
-        parser.add_argument(flag, type=f.metadata["parse"], default=f.default, metavar="N", help=help)
+    out, add = Path(__file__).resolve().parent / "rehearsal", parser.add_argument
+    add("--out", type=Path, default=out, metavar="DIR", help="folder of the shards")
+    add("--seed", type=int, default=DEFAULTS.seed, metavar="N", help="of everything random")
+    add("--tokens", type=amount, default=DEFAULTS.tokens, metavar="N", help="train tokens; a run of `small` takes 565M")
+    add("--shard-tokens", type=amount, default=DEFAULTS.shard_tokens, metavar="N", help="of a train shard")
+    add("--val-tokens", type=amount, default=DEFAULTS.val_tokens, metavar="N", help="of the validation shard")
     options = vars(parser.parse_args())
-    out, workers = options.pop("out"), options.pop("workers")
-    settings = Settings(**options)
+    out, settings = options.pop("out"), replace(DEFAULTS, **options)
+    if settings.seed < 0 or settings.val_tokens < 2:
+        parser.error("expected a --seed from 0 on, and two --val-tokens or more")
     start = time.perf_counter()
-    with shards.messages("rehearsal.py"):
-        settings.check()
-        if workers < 1:
-            raise ShardError(f"--workers: found {workers}, expected at least 1")
-        sidecar, verb = read_sidecar(out, settings), "found"
-        if not is_complete(out, settings, sidecar):
-            with shards.exclusive(out):
-                sidecar = read_sidecar(out, settings)  # another process may have written them meanwhile
-                if not is_complete(out, settings, sidecar):
-                    sidecar, verb = build(out, settings, sidecar, workers), "wrote"
+    with shards.messages("rehearsal.py"), shards.exclusive(out):
+        sidecar, wrote = build(out, settings)
     print(
-        f"rehearsal data: {verb} {settings.tokens:,} train and {settings.val_tokens:,} val tokens in {out} "
-        f"({time.perf_counter() - start:.1f} s)\n"
+        f"rehearsal data: {'wrote' if wrote else 'found'} {settings.tokens:,} train and {settings.val_tokens:,} val "
+        f"tokens in {out} ({time.perf_counter() - start:.1f} s)\n"
         f"nats/token: {sidecar['floor']:.4f} is the floor of the first {sidecar['predictions']:,} validation "
         f"predictions (unigram entropy {sidecar['unigram']:.4f})"
     )

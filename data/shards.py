@@ -1,4 +1,4 @@
-"""What the scripts of this folder share: the shard format, files that are whole or not there, processes, the hub.
+"""What the scripts of this folder share: the shard format, files that are whole or not there.
 
 A shard is 256 little-endian int32 of header (magic, version, token count, zeros), then the tokens as uint16. Every
 document starts with its BOS token.
@@ -9,20 +9,15 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
-import itertools
 import json
-import multiprocessing
 import os
 import re
 import shutil
-import signal
 import struct
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, BinaryIO
 
 if TYPE_CHECKING:  # a call that finds everything should not wait for it
     import numpy as np
@@ -30,45 +25,25 @@ if TYPE_CHECKING:  # a call that finds everything should not wait for it
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024
 GPT2_BOS, GPT2_VOCAB_SIZE = 50256, 50257
 SHARD_TOKENS = 100_000_000  # of the public FineWeb shards
-MAX_SHARD_TOKENS = 2**31 - 1  # the header has an int32
 TEMPORARY_SUFFIX = ".tmp"
-HUB_WAITS = (1, 4, 16)  # seconds between attempts at a file of the hub, whose client tries by itself as well
-
-T = TypeVar("T")
-
-# Before huggingface_hub is imported, which would first ask the hub for a list of AI agents, for its User-Agent.
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 
 class ShardError(Exception):
     """Something the user can mend. The message says what was found, what was expected and what to do."""
 
 
-class HubError(ShardError):
-    """The Hugging Face hub does not give what is asked of it."""
-
-
 @contextlib.contextmanager
-def messages(script: str, ways_out: str = "") -> Iterator[None]:
-    """Ends the script with one message, and not with a traceback, where the body raises. HubErrors have ways out."""
+def messages(script: str) -> Iterator[None]:
+    """Ends the script with one message, and not with a traceback, where the body raises."""
     try:
         yield
-    except HubError as error:
-        sys.exit(f"data/{script}: error: {error}\n{ways_out}")
     except (ShardError, OSError) as error:
         sys.exit(f"data/{script}: error: {error}")
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        sys.exit(
-            f"data/{script}: error: a worker process has ended: killed, or out of memory? Finished shards are kept: "
-            f"run the same command again, with fewer --workers if memory is short ({error})"
-        )
     except KeyboardInterrupt:
         print(f"data/{script}: interrupted. Finished shards are kept: the same command goes on", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(130)  # at once: threads may be downloading
+        os._exit(130)  # at once: threads may be at work
 
 
 # ---- the format ----
@@ -76,8 +51,8 @@ def messages(script: str, ways_out: str = "") -> Iterator[None]:
 
 def shard_header(num_tokens: int) -> bytes:
     """The 1,024 bytes before the tokens. Raises ShardError where the count does not fit into an int32."""
-    if not 0 <= num_tokens <= MAX_SHARD_TOKENS:
-        raise ShardError(f"a shard of {num_tokens:,} tokens: its header holds at most {MAX_SHARD_TOKENS:,}")
+    if num_tokens >= 2**31:
+        raise ShardError(f"a shard of {num_tokens:,} tokens: its header holds at most {2**31 - 1:,}")
     return struct.pack("<3i", MAGIC, VERSION, num_tokens).ljust(HEADER_BYTES, b"\0")
 
 
@@ -100,14 +75,6 @@ def read_shard_header(path: Path) -> int:
     return num_tokens
 
 
-def is_whole(path: Path, num_tokens: int) -> bool:
-    """Whether the shard is as long as it should be: it got its name only once it was complete and on disk."""
-    try:
-        return read_shard_header(path) == num_tokens
-    except ShardError:
-        return False
-
-
 def amount(text: str) -> int:
     """A positive count, as 1000000, 100M or 1.5G."""
     match = re.fullmatch(r"(\d[\d_]*(?:\.\d+)?)([KMG]?)", text.upper())
@@ -115,11 +82,6 @@ def amount(text: str) -> int:
     if count < 1 or count != int(count):
         raise argparse.ArgumentTypeError(f"{text} is not a positive count such as 1000000, 100M or 1.5G")
     return int(count)
-
-
-def available_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def sha256_of(path: Path) -> str:
@@ -171,22 +133,37 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
             os.unlink(temporary)
 
 
-def write_json(path: Path, content: dict) -> None:
-    """As `new_file`, whose errors it raises."""
+def read_json(path: Path) -> dict:
+    """What `write_json` wrote; {} where there is no such file, or another one."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def write(path: Path, content: bytes) -> bool:
+    """Sees that the file has this content, as `new_file`; returns whether it had to be written."""
+    if path.exists() and path.read_bytes() == content:
+        return False
     with new_file(path) as file:
-        file.write((json.dumps(content, indent=1) + "\n").encode())
+        file.write(content)
+    return True
 
 
-def write_shard(
-    path: Path, parts: Iterable[np.ndarray], bos: int, most: int = MAX_SHARD_TOKENS
-) -> dict[str, str | int]:
+def write_json(path: Path, content: dict) -> bool:
+    """As `write`."""
+    return write(path, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def write_shard(path: Path, parts: Iterable[np.ndarray], bos: int, most: int) -> dict[str, str | int]:
     """Writes these tokens, each part (n,) little-endian uint16, as one shard; returns its entry of a sidecar.
 
     Of the parts it takes at most `most` tokens. As `new_file`, whose errors it raises.
     """
     tokens = documents = 0
     with new_file(path) as file:
-        file.write(bytes(HEADER_BYTES))
+        file.write(shard_header(most))  # for now
         for part in parts:
             part = part[: most - tokens]
             file.write(part.data)
@@ -197,41 +174,52 @@ def write_shard(
     return {"sha256": sha256_of(path), "tokens": tokens, "documents": documents, **fingerprint(path)}
 
 
-def read_sidecar(path: Path, pattern: str, settings: dict) -> dict | None:
+def refuse_strangers(folder: Path, mine: str | tuple[()]) -> None:
+    """Raises ShardError where the folder has shards whose names do not start with `mine`."""
+    if strangers := sorted(path.name for path in folder.glob("*_*_*.bin") if not path.name.startswith(mine)):
+        raise ShardError(
+            f"{folder} holds {strangers[0]}, which a run would read as well, and nothing beside it says what it is: "
+            "name another --out, or remove what is there"
+        )
+
+
+def read_sidecar(path: Path, settings: dict) -> dict | None:
     """What stands beside the shards, less the first that is gone or damaged and those after it; None where nothing is.
 
     It has their "settings" and an entry of "shards" for each. Raises ShardError where it cannot be read, where it is of
-    other settings, or where shards (of the glob pattern) have none.
+    other settings, or where the folder has other shards as well.
     """
     folder, way = path.parent, "name another --out, or remove what is there"
+    refuse_strangers(folder, f"{path.stem}_" if path.exists() else ())
     if not path.exists():
-        if strangers := sorted(folder.glob(pattern)):
-            raise ShardError(f"{folder} holds {strangers[0].name}, but no {path.name} that says what it is of: {way}")
         return None
     try:
         sidecar = json.loads(path.read_bytes())
         had, listed, _ = dict(sidecar["settings"]), dict(sidecar["shards"]), sidecar["vocab_size"]
-        whole = {name: is_whole(folder / name, entry["tokens"]) for name, entry in listed.items()}
+        sizes = {name: entry["tokens"] for name, entry in listed.items()}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ShardError(f"{path} is not a record of this version of the script ({error!r}): {way}") from None
-    changes = [key for key in had | settings if had.get(key, "") != settings.get(key, "")]
+    changes = [
+        f"{key} is {had.get(key, 'not there')}, now {settings.get(key, 'not there')}"
+        for key in had | settings
+        if had.get(key, "") != settings.get(key, "")
+    ]
     if changes:
-        named = [f"{key} is {had.get(key, 'not there')}, now {settings.get(key, 'not there')}" for key in changes[:5]]
-        more = f" and {len(changes) - 5} more" if len(changes) > 5 else ""
         raise ShardError(
-            f"{folder} holds shards made with other settings, and is left as it is: {'; '.join(named)}{more}. Repeat "
+            f"{folder} holds shards made with other settings, and is left as it is: {'; '.join(changes[:5])}. Repeat "
             f"them, {way}"
         )
-    if not all(whole.values()):
-        print(f"{folder / min(whole, key=whole.get)} is gone or damaged: writing it and those after it again")
-    sidecar["shards"] = dict(itertools.takewhile(lambda shard: whole[shard[0]], listed.items()))
+    sidecar["shards"] = {}
+    for name, tokens in sizes.items():  # a shard got its name only once it was complete: its length will do
+        try:
+            whole = read_shard_header(folder / name) == tokens
+        except ShardError:
+            whole = False
+        if not whole:
+            print(f"{folder / name} is gone or damaged: writing it and those after it again")
+            break
+        sidecar["shards"][name] = listed[name]
     return sidecar
-
-
-def refuse_strangers(folder: Path, names: Iterable[str]) -> None:
-    """Raises ShardError where the folder has other shards than these."""
-    if strangers := sorted({path.name for path in folder.glob("*_*_*.bin")} - set(names)):
-        raise ShardError(f"{folder} also holds {strangers[0]}, which a run would read as well: name another --out")
 
 
 @contextlib.contextmanager
@@ -269,79 +257,3 @@ def require_space(folder: Path, num_bytes: int) -> None:
             f"{folder} needs {num_bytes / 1e9:.2f} GB, but its disk has {free / 1e9:.2f} GB free: make room, or name a "
             "folder on another disk"
         )
-
-
-# ---- processes ----
-
-
-class Call(NamedTuple):
-    """A data set in the sense of torch: by its arguments it has what a function gives or raises for them."""
-
-    function: Callable
-
-    def __getitem__(self, arguments: tuple) -> object:
-        try:
-            return self.function(*arguments)
-        except Exception as error:  # raised in the first process, as it is: torch would add a traceback to its message
-            return error
-
-
-def unchanged(result: T) -> T:
-    return result
-
-
-def end_with_parent() -> None:
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-
-def start_worker(_number: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the first process, which ends the workers
-    # Where that one is killed, torch's own worker would wait for ever to hand over its last result.
-    threading.Thread(target=end_with_parent, daemon=True).start()
-
-
-def map_in_order(function: Callable[..., T], tasks: Iterable[tuple], workers: int, ahead: int) -> Iterator[T]:
-    """Yields function(*arguments) of each of `tasks` in order, made by worker processes; one works right here.
-
-    To bound the memory, the results of at most `ahead` tasks per worker are not taken yet. Raises what the function
-    raises; where a worker is killed, torch raises a RuntimeError in this process, for which `messages` has words.
-    """
-    calls = Call(function)
-    if workers == 1:
-        results = map(calls.__getitem__, tasks)
-    else:
-        from torch.utils.data import DataLoader
-
-        how = {"batch_size": None, "collate_fn": unchanged, "worker_init_fn": start_worker}
-        results = DataLoader(calls, sampler=tasks, num_workers=workers, prefetch_factor=ahead, **how)
-    for result in results:
-        if isinstance(result, Exception):
-            raise result
-        yield result
-
-
-# ---- the hub ----
-
-
-def hub_call(what: str, call: Callable[[], T], waits: Iterable[float]) -> T:
-    """Result of a call to the Hugging Face hub, made again after each of `waits` (seconds) where that can help.
-
-    Raises HubError where the hub refuses or cannot be reached, ShardError where the disk refuses.
-    """
-    waits = iter(waits)
-    while True:
-        try:
-            return call()
-        except ShardError:
-            raise
-        except Exception as error:  # hub, HTTP client, TLS and Xet each have their own
-            if isinstance(error, OSError) and error.errno:
-                raise ShardError(f"{what} was not written: {error.strerror}. Mend that (free space, say)") from error
-            status = getattr(getattr(error, "response", None), "status_code", None)
-            wait = next(waits, None)
-            if wait is None or (status is not None and 400 <= status < 500 and status not in (408, 429)):
-                endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-                raise HubError(f"no {what} from {endpoint}: {error or type(error).__name__}") from error
-            print(f"{what}: {error}\ntrying again in {wait} s", file=sys.stderr)
-            time.sleep(wait)

@@ -6,9 +6,10 @@ import threading
 import time
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import parse_qs, unquote
+from urllib.parse import unquote
 
 CHUNK = 4096  # bytes sent at once
+COMMIT = "c" * 40
 
 
 @dataclass(frozen=True)
@@ -23,18 +24,16 @@ class Fault:
 class HubServer(ThreadingHTTPServer):
     """`faults[name]`: the faults of the next GETs of a file, in their order; `always[name]`: of all others.
 
-    `revisions`: the files of each commit, the last one being the present one; `hashes`: what the hub says of a file
-    instead of its SHA-256; `bytes_per_second` slows down each file.
+    `bytes_per_second` slows down each file.
     """
 
     daemon_threads = True
     request_queue_size = 64
 
-    def __init__(self, repo: str, files: dict[str, bytes] | None = None):
+    def __init__(self, repo: str, files: dict[str, bytes]):
         super().__init__(("127.0.0.1", 0), Handler)
         self.repo = repo
-        self.revisions: dict[str, dict[str, bytes]] = {"c" * 40: dict(files)} if files else {}
-        self.hashes: dict[str, str] = {}
+        self.files = files
         self.faults: dict[str, list[Fault]] = {}
         self.always: dict[str, Fault] = {}
         self.bytes_per_second: float | None = None
@@ -77,9 +76,6 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.answer()
 
-    def do_POST(self) -> None:
-        self.answer()
-
     def reply(self, status: int, content: bytes = b"", length: int | None = None, **headers) -> None:
         self.send_response(status)
         for key, value in {"Content-Length": len(content) if length is None else length, **headers}.items():
@@ -91,37 +87,27 @@ class Handler(BaseHTTPRequestHandler):
         server, path = self.server, unquote(self.path.split("?")[0])
         server.requests.append((self.command, path))
         api, files = f"/api/datasets/{server.repo}", f"/datasets/{server.repo}/resolve/"
-        commit = list(server.revisions)[-1]
         if path == api:
-            return self.reply(200, json.dumps({"id": server.repo, "sha": commit}).encode())
-        if path.startswith(f"{api}/revision/"):
-            return self.reply(200, json.dumps({"id": server.repo, "sha": path.rpartition("/")[2]}).encode())
-        if path.startswith(f"{api}/paths-info/"):
-            form = parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())
-            present = server.revisions.get(path.rpartition("/")[2], server.revisions[commit])
-            return self.reply(200, self.described(present, [name for name in form["paths"] if name in present]))
-        for commit, present in reversed(server.revisions.items()):
-            for revision in (commit, "main"):
-                folder, name = path.removeprefix(f"{api}/tree/{revision}/"), path.removeprefix(f"{files}{revision}/")
-                if folder != path and any(other.startswith(folder + "/") for other in present):
-                    return self.reply(200, self.described(present, [*present][::-1]))
-                if name in present:
-                    return self.send_file(commit, name, present[name])
+            siblings = [self.described(name, content) for name, content in server.files.items()]
+            answer = {"id": server.repo, "sha": COMMIT, "siblings": [{"rfilename": "README.md"}, *siblings]}
+            return self.reply(200, json.dumps(answer).encode())
+        for revision in (COMMIT, "main"):
+            name = path.removeprefix(f"{files}{revision}/")
+            if name in server.files:
+                return self.send_file(name, server.files[name])
         self.reply(404, X_Error_Code="EntryNotFound", X_Error_Message="Entry not found")
 
-    def described(self, files: dict[str, bytes], names: list[str]) -> bytes:
-        entries = [{"type": "directory", "oid": "1", "path": "x"}]
-        for name in names:
-            lfs = {"oid": self.sha256(name, files[name]), "size": len(files[name]), "pointerSize": 130}
-            entries.append({"type": "file", "oid": "0" * 40, "size": len(files[name]), "path": name, "lfs": lfs})
-        return json.dumps(entries).encode()
+    def described(self, name: str, content: bytes) -> dict:
+        lfs = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 130}
+        return {"rfilename": name, "size": len(content), "blobId": "0" * 40, "lfs": lfs}
 
-    def sha256(self, name: str, content: bytes) -> str:
-        return self.server.hashes.get(name) or hashlib.sha256(content).hexdigest()
-
-    def send_file(self, commit: str, name: str, content: bytes) -> None:
+    def send_file(self, name: str, content: bytes) -> None:
         server = self.server
-        headers = {"X_Repo_Commit": commit, "ETag": f'"{self.sha256(name, content)}"', "Accept_Ranges": "bytes"}
+        headers = {
+            "X_Repo_Commit": COMMIT,
+            "ETag": f'"{hashlib.sha256(content).hexdigest()}"',
+            "Accept_Ranges": "bytes",
+        }
         if self.command == "HEAD":
             return self.reply(200, length=len(content), **headers)
         fault = server.fault(name)

@@ -25,7 +25,6 @@ import pytest
 import tiktoken
 import tokenizers
 from conftest import cpu, kill_before_rename, tiny_track
-from hub_server import Fault, HubServer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiktoken_ext.openai_public import r50k_pat_str
@@ -195,7 +194,7 @@ def assert_same(found: dict[str, bytes], wanted: dict[str, bytes]) -> None:
 def test_shards_are_those_of_a_naive_writer(tmp_path, corpus, truth, vocabulary, sources, workers):
     """Catches a wrong order of batches, split, BOS, header, special tokens in text, and files read in a wrong order."""
     env = environment(PYTHONPATH=str(vocabulary.folder))
-    options = ["--input", corpus / "*.gz", corpus / "*.jsonl", corpus / "a*", "--tokenizer", ENCODING]
+    options = ["--input", corpus / "b.jsonl.gz", corpus, corpus / "a.jsonl", "--tokenizer", ENCODING]
     output = run(tmp_path / "out", *options, "--shard-tokens", "75K", "--workers", workers, env=env)
     assert_same(shards(tmp_path / "out"), truth)
     num_tokens = sum((len(content) - 1024) // 2 for content in truth.values())
@@ -222,7 +221,7 @@ def test_formats_mix_and_fields_have_names(tmp_path):
     pyarrow.parquet.write_table(large, tmp_path / "c.parquet")
     (tmp_path / "d.txt").write_text("six")
     options = ["--text-field", "body", "--tokenizer", "bytes", "--shard-tokens", "100M"]
-    run(tmp_path / "out", "--input", tmp_path / "*.*", *options)
+    run(tmp_path / "out", "--input", *tmp_path.glob("*.*"), *options)
     texts = ["a\ufffdb 🙂", "one", "two", "three", "four", "five", "six"]
     assert_same(shards(tmp_path / "out"), expected(texts, 100_000_000))
 
@@ -323,7 +322,7 @@ def test_a_finished_folder_says_so(tmp_path):
 def test_changed_settings_are_refused(tmp_path, refusal):
     """The message says what differs, and nothing in the folder changes."""
     write_documents(tmp_path / "a.jsonl", ["abc"] * 100)
-    out, options = tmp_path / "out", ["--input", tmp_path / "a.jsonl", "--tokenizer", "bytes", "--tokens", 250]
+    out, options = tmp_path / "out", ["--input", tmp_path / "a.jsonl", "--tokenizer", "bytes"]
     run(out, *options, "--shard-tokens", 100)
     before = shards(out)
 
@@ -338,32 +337,18 @@ def test_changed_settings_are_refused(tmp_path, refusal):
     assert "text_field is text, now id" in refused("--text-field", "id")
     assert "max_document is None, now 2048" in refused("--max-document", 2048)
     write_documents(tmp_path / "b.jsonl", ["abc"] * 100)
-    assert "b.jsonl is not there, now 2," in refused("--input", tmp_path / "*.jsonl")
+    assert "b.jsonl is not there, now 2," in refused("--input", tmp_path / "a.jsonl", tmp_path / "b.jsonl")
     write_documents(tmp_path / "a.jsonl", ["abc"] * 99)
     assert "a.jsonl is 2,590 bytes, now 2,564 bytes" in refused()
-    other = refusal(out, "--tokens", 250, "--tokenizer", "bytes", "--shard-tokens", 100)
-    assert "source is --input, now fineweb, sample 10BT" in other
 
     (out / "fineweb.json").unlink()
-    assert "no fineweb.json that says what it is of" in refusal(out, *options)
+    assert "nothing beside it says what it is" in refusal(out, *options)
     assert_same(shards(out), before)
     for old in (3, [{"name": "fineweb_val_000000.bin", "tokens": 100}]):
         (out / "fineweb.json").write_text(json.dumps({"shards": old}))
         message = refusal(out, *options)
         assert "is not a record of this version of the script" in message and "or remove what is there" in message
     assert_same(shards(out), before)
-
-
-def test_more_shards_later_are_those_of_one_run(tmp_path):
-    """Catches a shard that a lower limit had cut short left as it is, in the middle of others."""
-    texts = [f"document {i}" for i in range(100)]
-    write_documents(tmp_path / "a.jsonl", texts)
-    options = ["--input", tmp_path / "a.jsonl", "--tokenizer", "bytes", "--shard-tokens", 100]
-    for limit in (["--shards", 2], ["--tokens", 550], ["--tokens", 580], []):
-        run(tmp_path / "out", *options, *limit)
-        wanted = expected(texts, 100, limit={"--shards": 200}.get(limit[0], limit[-1]) if limit else None)
-        assert_same(shards(tmp_path / "out"), wanted)
-    assert f"found {len(texts)} documents" in run(tmp_path / "out", *options, "--tokens", 250)
 
 
 # Your own text: one command, without further options
@@ -575,47 +560,26 @@ def test_what_is_drawn_follows_no_rhythm(one_in: int):
 
 
 @pytest.mark.parametrize(
-    "size, tokenizer, limit, wanted",
+    "size, tokenizer, wanted",
     [
-        (1_000_000, "bytes", None, (10, 10**8)),  # a tenth
-        (100_000, "bytes", None, (4, 10**8)),  # a row of 16,385 and a quarter more
-        (1000, "bytes", None, (2, 10**8)),  # at most half
-        (40_000_000, "gpt2", None, (10, 10**8)),
-        (8_000_000, "gpt2", None, (6, 10**8)),  # a row of 262,145 and a quarter more
-        (20_000_000_000, "bytes", None, (200, 10**8)),  # a shard
-        (20_000_000_000, "gpt2", None, (50, 10**8)),
-        (1_000_000, "bytes", 500_000, (10, 50_000)),  # a tenth of the limit
-        (1_000_000, "bytes", 1, (2, 1)),
+        (1_000_000, "bytes", 10),  # a tenth
+        (100_000, "bytes", 4),  # a row of 16,385 and a quarter more
+        (1000, "bytes", 2),  # at most half
+        (40_000_000, "gpt2", 10),
+        (8_000_000, "gpt2", 6),  # a row of 262,145 and a quarter more
+        (20_000_000_000, "bytes", 200),  # a shard
+        (20_000_000_000, "gpt2", 50),
     ],
 )
-def test_how_much_is_for_validation(size, tokenizer, limit, wanted):
-    assert fineweb.validation_rule([{"name": "a.txt", "size": size}], tokenizer, limit) == wanted
+def test_how_much_is_for_validation(size, tokenizer, wanted):
+    assert fineweb.validation_rule([{"name": "a.txt", "size": size}], tokenizer) == wanted
 
 
-def test_a_limit_holds_for_both(tmp_path, own_texts, refusal):
-    """A tenth of it is for validation; nor can it be raised later, as that would draw others."""
-    options = ["--input", own_texts["txt"][0], "--tokenizer", "bytes", "--tokens"]
-    run(tmp_path / "out", *options, "300K")
-    assert [len(tokens_of(shards(tmp_path / "out"), split)) for split in ("val", "train")] == [30_000, 270_000]
-    assert "val_tokens is 30000, now 40000" in refusal(tmp_path / "out", *options, "400K")
-
-
-@pytest.mark.parametrize(
-    "texts, wanted",
-    [
-        (
-            [prose(45_000, 0)],
-            r"one document in 2\nnotice: .* 16,385 validation tokens or more, here are 2\d,\d+; .* here are 2\d,\d+\.",
-        ),
-        (["abc"], r"notice: a run of nano .* here are 4; and up to 491,760 train tokens, here are 0\."),
-        (["", "abc"], r"error: the input has no documents, or too few to draw one for validation"),
-    ],
-)
-def test_too_little_text_is_said(tmp_path, texts, wanted):
-    """With numbers, and not as an error of the writer where shards could be written."""
-    write_documents(tmp_path / "a.jsonl", texts)
-    output = run(tmp_path / "out", "--input", tmp_path / "a.jsonl", "--tokenizer", "bytes", code="error" in wanted)
-    assert re.search(wanted, output), output
+def test_too_little_text_is_said(tmp_path):
+    """And not as an error of the writer."""
+    write_documents(tmp_path / "a.jsonl", ["", "abc"])
+    output = run(tmp_path / "out", "--input", tmp_path / "a.jsonl", "--tokenizer", "bytes", code=1)
+    assert "error: the input has no documents, or too few to draw one for validation" in output
 
 
 # Ends of all kinds
@@ -655,15 +619,14 @@ linux = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="find
 @linux
 @pytest.mark.usefixtures("no_leftovers")
 def test_sigkill_and_restart(tmp_path, corpus, truth, vocabulary):
-    """Catches half-written files under a final name, a restart at a wrong token, workers that outlive their parent."""
+    """Catches half-written files under a final name, a restart at a wrong token."""
     env, out = environment(PYTHONPATH=str(vocabulary.folder), TAG=str(tmp_path)), tmp_path / "out"
-    options = ["--input", corpus / "*.*", "--tokenizer", ENCODING, "--shard-tokens", "75K", "--workers", 2]
+    options = ["--input", corpus, "--tokenizer", ENCODING, "--shard-tokens", "75K", "--workers", 2]
     for number in (0, 1, 5):  # shards that are there
         process = subprocess.Popen(command(out, *options), env=env, stderr=subprocess.DEVNULL)
         wait_until(lambda: len([*out.glob("*.bin")]) >= number and out.exists())  # noqa: B023
         process.kill()
         assert process.wait() == -signal.SIGKILL
-        wait_until(lambda: not processes(f"TAG={tmp_path}"), 20)  # no worker outlives its parent
         assert shards(out).items() <= truth.items(), "half-written or wrong"
     run(out, *options, env=env)
     assert_same(shards(out), truth)
@@ -684,13 +647,13 @@ def test_every_format_and_its_restart(tmp_path, suffix):
     else:
         write_documents(tmp_path / f"a{suffix}", texts[:750])
         write_documents(tmp_path / f"b{suffix}", texts[750:])
-    options = ["--input", tmp_path / f"*{suffix}", "--tokenizer", "bytes", "--shard-tokens", "700K"]
+    options = ["--input", *tmp_path.glob(f"*{suffix}"), "--tokenizer", "bytes", "--shard-tokens", "700K"]
     out, wanted = tmp_path / "out", expected(texts, 700_000)
     run(out, *options)
     assert_same(shards(out), wanted)
     places = [shard["next"] for shard in json.loads((out / "fineweb.json").read_text())["shards"].values()]
     assert len(places) >= 5 and places.pop() is None
-    assert all(skip < 2.5e6 for _, _, skip, _ in places), "tokens made again"
+    assert all(skip < 2.5e6 for _, _, skip in places), "tokens made again"
     assert places[-1][:2] > places[2][:2] > [0, 0]
     damaged = out / "fineweb_train_000003.bin"
     if suffix == ".txt":
@@ -706,7 +669,9 @@ def test_a_disk_that_fills_up(tmp_path):
     texts = [f"document {i}" for i in range(1000)]
     write_documents(tmp_path / "a.jsonl", texts)
     out, options = tmp_path / "out", ["--input", tmp_path / "a.jsonl", "--tokenizer", "bytes", "--shard-tokens", 4000]
-    run(out, *options, "--shards", 1)
+    run(out, *options)
+    for path in out.glob("*_train_*.bin"):
+        path.unlink()
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
     output = run(out, *options, code=1, preexec_fn=limit)
     assert "fineweb_train_000001.bin was not written: File too large. Finished files are kept" in output
@@ -714,14 +679,6 @@ def test_a_disk_that_fills_up(tmp_path):
     assert not list(out.glob(".*.tmp"))
     run(out, *options)
     assert_same(shards(out), expected(texts, 4000))
-
-
-def test_too_little_space_is_seen_beforehand(tmp_path, refusal):
-    write_documents(tmp_path / "a.jsonl", ["abc"])
-    options = ["--input", tmp_path / "a.jsonl", "--tokenizer", "bytes", "--tokens", "900000G"]
-    output = refusal(tmp_path / "out", *options)
-    assert "needs 1800000.00 GB" in output and "make room" in output
-    assert not list((tmp_path / "out").glob("*.*n"))
 
 
 def started(tmp_path: Path, corpus: Path, vocabulary: Vocabulary) -> tuple[subprocess.Popen, Path, str]:
@@ -739,29 +696,10 @@ def started(tmp_path: Path, corpus: Path, vocabulary: Vocabulary) -> tuple[subpr
     return process, out, f"TAG={tmp_path}"
 
 
-def workers_of(process: subprocess.Popen, tag: str) -> list[int]:
-    return [pid for pid in processes(tag) if pid != process.pid]
-
-
-@linux
-@pytest.mark.usefixtures("no_leftovers")
-def test_a_killed_worker_is_a_message(tmp_path, corpus, vocabulary):
-    """Catches a parent that waits forever for a worker that ran out of memory."""
-    process, out, tag = started(tmp_path, corpus, vocabulary)
-    workers = workers_of(process, tag)
-    assert len(workers) == 2
-    os.kill(workers[0], signal.SIGKILL)
-    _, stderr = process.communicate(timeout=30)
-    assert process.returncode == 1
-    assert "a worker process has ended" in stderr and "Traceback" not in stderr
-    wait_until(lambda: not processes(tag), 10)
-    assert 0 <= len(shards(out)) - len(json.loads((out / "fineweb.json").read_text())["shards"]) <= 1
-
-
 @linux
 @pytest.mark.usefixtures("no_leftovers")
 def test_ctrl_c_ends_all(tmp_path, corpus, vocabulary):
-    """As from a terminal, which signals the whole process group; catches workers that answer with a traceback."""
+    """As from a terminal; catches threads that it waits for, or that answer with a traceback."""
     process, out, tag = started(tmp_path, corpus, vocabulary)
     os.killpg(process.pid, signal.SIGINT)
     _, stderr = process.communicate(timeout=30)
@@ -802,7 +740,7 @@ def test_memory_for_one_giant_document(tmp_path, vocabulary, suffix):
 # Input that is wrong
 
 
-SETTINGS = fineweb.Settings("--input", "text", "bytes", None, None, 100, None)
+SETTINGS = fineweb.Settings("text", "bytes", None, "<|endoftext|>", 100, None)
 
 
 def broken_input(folder: Path) -> list[tuple[str, str]]:
@@ -832,8 +770,8 @@ def broken_input(folder: Path) -> list[tuple[str, str]]:
     return [
         ("json.jsonl", "json.jsonl cannot be read at its line 70001: Expecting property name"),
         ("utf8.jsonl", "utf8.jsonl cannot be read at its line 3: 'utf-8' codec can't decode"),
-        ("field.jsonl", "line 2: expected an object with the field text (see --text-field): the fields txt"),
-        ("list.jsonl", "line 1: expected an object with the field text (see --text-field): a list"),
+        ("field.jsonl", "line 2: expected an object with the field text (see --text-field), found b'{\"txt"),
+        ("list.jsonl", "line 1: expected an object with the field text (see --text-field), found b'[1, 2]\\n'"),
         ("number.jsonl", "number.jsonl cannot be read at its line 2: expected a text, found a int"),
         ("cut.jsonl.gz", "cut.jsonl.gz cannot be read at its line 6148: Compressed file ended"),
         ("not.jsonl.gz", "not.jsonl.gz cannot be read at its line 1: Not a gzipped file"),
@@ -842,9 +780,9 @@ def broken_input(folder: Path) -> list[tuple[str, str]]:
         ("column.parquet", "row 1: no column text, but id, body: name one with --text-field"),
         ("numbers.parquet", "numbers.parquet cannot be read at its row 1: expected a text, found a int"),
         ("utf8.parquet", "utf8.parquet cannot be read at its row 1: 'utf-8' codec can't decode"),
-        ("suffix.csv", "suffix.csv: expected files .jsonl, .jsonl.gz, .txt, .parquet, found /"),
-        ("none*.jsonl", "none*.jsonl: expected files .jsonl, .jsonl.gz, .txt, .parquet, found none"),
-        ("empty", "empty: expected files .jsonl, .jsonl.gz, .txt, .parquet, found /"),
+        ("suffix.csv", "suffix.csv: expected a file .jsonl, .jsonl.gz, .txt, .parquet, or a folder with such files"),
+        ("none.jsonl", "none.jsonl: expected a file .jsonl, .jsonl.gz, .txt, .parquet, or a folder with such files"),
+        ("empty", "empty: expected a file .jsonl, .jsonl.gz, .txt, .parquet, or a folder with such files"),
     ]
 
 
@@ -870,14 +808,14 @@ def test_wrong_input_is_named_by_the_script(tmp_path):
 def test_wrong_options_are_refused(tmp_path, refusal):
     for options, message in [
         (["--shard-tokens", "0"], "0 is not a positive count"),
-        (["--tokens", "many"], "many is not a positive count"),
-        (["--tokens", "1.0001K"], "is not a positive count"),
-        (["--shard-tokens", "3G"], "header holds at most 2,147,483,647"),
-        (["--tokens", "1", "--shards", "1"], "not allowed with"),
-        (["--input", "a.txt", "--sample", "10BT"], "leave one out"),
+        (["--shard-tokens", "many"], "many is not a positive count"),
+        (["--shard-tokens", "1.0001K"], "is not a positive count"),
         (["--max-document", "63"], "--max-document 63: expected at least 64"),
     ]:
-        assert message in refusal(tmp_path / "out", *options, code=2)
+        assert message in refusal(tmp_path / "out", "--input", "a.txt", *options, code=2)
+    (tmp_path / "a.txt").write_text("abc")
+    options = ["--input", tmp_path / "a.txt", "--tokenizer", "bytes", "--shard-tokens", "3G"]
+    assert "header holds at most 2,147,483,647" in refusal(tmp_path / "out", *options)
 
 
 @pytest.mark.parametrize(
@@ -897,30 +835,29 @@ def test_tokenizers_that_will_not_do(tmp_path, vocabulary, monkeypatch):
     """Each is refused before any work, with what to do."""
     file = str(vocabulary.file)
     for name, bos, message in [
-        ("gpt3", None, "tokenizer gpt3 cannot be loaded: Unknown encoding gpt3"),
-        ("bytes", "x", "always has BOS 256"),
+        ("gpt3", "<|endoftext|>", "tokenizer gpt3 cannot be loaded: Unknown encoding gpt3"),
         (file, "<s>", "<s> is no special token of"),
         (file, "e", "e is no special token of"),
-        (str(tmp_path / "none.json"), None, "none.json cannot be loaded: No such file"),
+        (str(tmp_path / "none.json"), "x", "none.json cannot be loaded: No such file"),
     ]:
         with pytest.raises(ShardError, match=re.escape(message)):
             fineweb.load_tokenizer(name, bos)
-    assert fineweb.load_tokenizer(file).bos == fineweb.load_tokenizer(file, "<|endoftext|>").bos == vocabulary.bos
+    assert fineweb.load_tokenizer(file, "<|endoftext|>").bos == vocabulary.bos
 
     large = json.loads(vocabulary.file.read_text("utf-8"))
     large["model"]["vocab"]["an unused token"] = 65_536
     (tmp_path / "large.json").write_text(json.dumps(large))
     with pytest.raises(ShardError, match=r"has 65,537 tokens, but shards hold at most 65,536"):
-        fineweb.load_tokenizer(str(tmp_path / "large.json"))
+        fineweb.load_tokenizer(str(tmp_path / "large.json"), "<|endoftext|>")
 
     for library in ("tiktoken", "tokenizers"):
         monkeypatch.setitem(sys.modules, library, None)
         fineweb.load_tokenizer.cache_clear()
-        with pytest.raises(ShardError, match=f"needs {library}: pip install {library}"):
-            fineweb.load_tokenizer({"tiktoken": "gpt2", "tokenizers": file}[library])
+        with pytest.raises(ShardError, match=f"cannot be loaded: .*{library}"):
+            fineweb.load_tokenizer({"tiktoken": "gpt2", "tokenizers": file}[library], "<|endoftext|>")
     write_documents(tmp_path / "a.parquet", ["x"])
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    with pytest.raises(ShardError, match="needs pyarrow: pip install pyarrow"):
+    with pytest.raises(ShardError, match=r"a\.parquet cannot be read.*pyarrow"):
         list(fineweb.read(fineweb.find_files([str(tmp_path / "a.parquet")]), fineweb.Place(), SETTINGS))
 
 
@@ -932,58 +869,3 @@ def test_gpt2_without_network_says_the_ways_out(tmp_path):
     assert (
         "tokenizer gpt2 cannot be loaded" in output and "TIKTOKEN_CACHE_DIR" in output and "--tokenizer FILE" in output
     )
-
-
-# The hub
-
-
-@pytest.fixture
-def hub() -> Iterator[HubServer]:
-    server = HubServer("HuggingFaceFW/fineweb")
-    yield server
-    server.close()
-
-
-def hub_environment(hub: HubServer, tmp_path: Path) -> dict[str, str]:
-    env = environment(HF_ENDPOINT=hub.endpoint, HF_HOME=str(tmp_path / "hf"))
-    return {key: value for key, value in env.items() if key not in ("HF_HUB_OFFLINE", "HF_TOKEN")}
-
-
-def parquet_files(folder: Path, texts: list[str], number: int = 3) -> dict[str, bytes]:
-    files = {}
-    for i in range(number):
-        write_documents(folder / "one.parquet", texts[i * len(texts) // number : (i + 1) * len(texts) // number])
-        files[f"sample/10BT/{i:03d}_00000.parquet"] = (folder / "one.parquet").read_bytes()
-    return files
-
-
-def test_the_hub(tmp_path, hub):
-    """Catches a wrong order of files, a cut answer taken for whole, and a restart that takes another revision."""
-    texts = [f"document {i} " * 50 for i in range(600)]
-    hub.revisions["a" * 40] = parquet_files(tmp_path, texts)
-    hub.faults["sample/10BT/000_00000.parquet"] = [Fault(cut_after=5000), Fault(status=503)]
-    out, options = tmp_path / "out", ["--tokenizer", "bytes", "--shard-tokens", "100K"]
-    env = hub_environment(hub, tmp_path)
-    run(out, *options, "--shards", 1, env=env)
-    assert not hub.faults["sample/10BT/000_00000.parquet"], "both were met"
-    assert_same(shards(out), expected(texts, 100_000, limit=100_000))
-
-    hub.revisions["b" * 40] = parquet_files(tmp_path, ["other text"] * 600)
-    hub.requests.clear()
-    options += ["--shards", 50]  # more than there are; without it the disk needs room for the whole sample
-    run(out, *options, env=env)
-    assert_same(shards(out), expected(texts, 100_000))
-    assert not [path for _, path in hub.requests if "b" * 40 in path]
-    assert sorted(path.name for path in out.iterdir() if path.suffix != ".bin") == [".lock", "fineweb.json"]
-    assert "found 600 documents" in run(out, *options, env=environment(HF_ENDPOINT="http://127.0.0.1:9"))
-
-
-def test_a_hub_that_cannot_be_reached_or_refuses(tmp_path, hub):
-    """A refusal is not repeated; the ways out are said."""
-    began = time.perf_counter()
-    output = run(
-        tmp_path / "out", "--tokenizer", "bytes", "--source", "fineweb-edu", code=1, env=hub_environment(hub, tmp_path)
-    )
-    assert time.perf_counter() - began < 15
-    assert f"no list of HuggingFaceFW/fineweb-edu/sample/10BT from {hub.endpoint}" in output
-    assert "--input FOLDER --shard-tokens 100M" in output

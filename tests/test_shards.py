@@ -1,7 +1,5 @@
 """data/shards.py: the shard format, on which train_gpt.py has to agree, and files that are whole or not there."""
 
-import contextlib
-import multiprocessing
 import os
 import shutil
 import signal
@@ -108,9 +106,8 @@ def test_the_header_is_that_of_the_format(tmp_path: Path):
         assert shards.shard_header(count) == path.read_bytes()[:1024]
         assert shards.read_shard_header(path) == count
     assert shards.shard_header(2**31 - 1)[8:12] == b"\xff\xff\xff\x7f"
-    for count in (2**31, -1):
-        with pytest.raises(ShardError, match="header"):
-            shards.shard_header(count)
+    with pytest.raises(ShardError, match="header"):
+        shards.shard_header(2**31)
 
 
 # ---- new_file ----
@@ -308,66 +305,3 @@ def test_space_is_that_of_the_disk_the_folder_will_be_on(tmp_path: Path, monkeyp
     shards.require_space(Path("relative"), 1)
     with pytest.raises(ShardError, match="make room"):
         shards.require_space(Path("relative"), 10**18)
-
-
-# ---- map_in_order ----
-
-
-def test_results_come_in_order_and_few_tasks_are_ahead():
-    """Catches results in the order in which they are done, and a source that is read to its end into memory."""
-    taken = []
-
-    def tasks():
-        for i in range(30):
-            taken.append(i)
-            yield (str(i) * (100_000 if i % 2 else 1),)
-
-    for workers in (1, 2):
-        taken.clear()
-        with contextlib.closing(shards.map_in_order(len, tasks(), workers, 2)) as results:
-            for i, length in enumerate(results):
-                assert length == len(str(i)) * (100_000 if i % 2 else 1)
-                assert len(taken) <= i + 1 + (2 * workers if workers > 1 else 0)
-        assert len(taken) == 30 and i == 29
-
-
-@pytest.mark.parametrize("workers", [1, 2])
-def test_the_error_of_a_worker_is_that_of_the_map(workers: int):
-    """Catches one that is lost, or that leaves processes behind."""
-    with contextlib.closing(shards.map_in_order(int, [("7",), ("x",)], workers, 2)) as results:
-        assert next(results) == 7
-        with pytest.raises(ValueError, match="'x'"):
-            next(results)
-    assert not multiprocessing.active_children()
-
-
-# ---- hub_call ----
-
-
-class Refused(Exception):
-    def __init__(self, status: int):
-        super().__init__(f"answered {status}")
-        self.response = namedtuple("Response", "status_code")(status)
-
-
-@pytest.mark.parametrize(
-    ("error", "calls", "said"),
-    [
-        (Refused(503), 3, "no file from .*: answered 503"),
-        (Refused(429), 3, "no file from .*: answered 429"),
-        (Refused(404), 1, "no file from .*: answered 404"),
-        (OSError("it ended early"), 3, "no file from .*: it ended early"),
-        (OSError(28, "No space left on device"), 1, "file was not written: No space left on device"),
-    ],
-)
-def test_a_call_to_the_hub_is_made_again_where_that_can_help(error: Exception, calls: int, said: str):
-    """Catches a refusal or a full disk tried for minutes, and one lost connection that ends hours of work."""
-    made = []
-
-    def call() -> None:
-        made.append(1)
-        raise error
-
-    with pytest.raises(ShardError, match=said):
-        shards.hub_call("file", call, (0, 0))
-    assert len(made) == calls
