@@ -743,7 +743,7 @@ NANO = Track(
         val_row_tokens=16_384,
     ),
     schedule=Schedule(
-        scheduled_steps=110,
+        scheduled_steps=104,
         extension_steps=10,
         stages=(
             Stage(2048, (64, 192), 1.0, ((1.0, 1.0),)),
@@ -1547,7 +1547,8 @@ class Optimizer:
 
     def _check_rule(self, name: str, p: nn.Parameter) -> None:
         """Raise SpeedrunError where a parameter cannot be updated by its rule."""
-        rule, world, option = self.rules[name], self.runtime.world_size, f"--optimizer.rules.{name.replace('_', '-')}"
+        rule, world = self.rules[name], self.runtime.world_size
+        option = f"--optimizer.rules.{name.partition('.')[0].replace('_', '-')}"
         adam = rule.kind == "adam"
         if not adam and p.dim() != 3:
             raise SpeedrunError(
@@ -2123,6 +2124,7 @@ def rotary_tables(
 # ----------------------------------------------------------------------------------------------------------------------
 
 SHARD_MAGIC, SHARD_VERSION, HEADER_INTS = 20240520, 1, 256
+TOKEN_BYTES = "tokens.bin"  # see `read_token_bytes`
 
 
 def read_shard_header(path: Path) -> int:
@@ -2332,22 +2334,20 @@ class Loader:
 
 
 def read_token_bytes(data_dir: Path, vocab_size: int) -> list[bytes]:
-    """The bytes of every token, from tokens.bin: their lengths as uint16, then all of them; none of BOS.
+    """The bytes of every token, none of BOS, from tokens.bin beside the shards.
 
-    Raises SpeedrunError where it is missing or damaged.
+    In the format of a shard it has the length of each token, then the bytes of all. Raises SpeedrunError where it is
+    missing or damaged.
     """
-    path = data_dir / "tokens.bin"
-    mend = "Run the script that wrote the shards again (`--tokens-only`), or train with --no-prefix-loss."
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise SpeedrunError(
-            f"{path}: cannot be read ({error.strerror}), and prefixes of tokens are predicted. {mend}"
-        ) from error
-    ends = 2 * vocab_size + np.cumsum(np.frombuffer(data[: 2 * vocab_size // 2 * 2], "<u2"), dtype=np.int64)
-    if len(ends) != vocab_size or ends[-1] != len(data):
+    path = data_dir / TOKEN_BYTES
+    mend = "Call the script that wrote the shards once more, or train with --no-prefix-loss."
+    if not path.exists():
+        raise SpeedrunError(f"{path} is missing: prefixes of tokens are predicted, see --help-all. {mend}")
+    numbers = np.fromfile(path, "<u2", read_shard_header(path), offset=4 * HEADER_INTS)
+    ends, spelled = np.cumsum(numbers[:vocab_size], dtype=np.int64), numbers[vocab_size:].astype(np.uint8).tobytes()
+    if len(ends) < vocab_size or ends[-1] != len(spelled):
         raise SpeedrunError(f"{path}: not the bytes of {vocab_size} tokens. {mend}")
-    return [data[begin:end] for begin, end in pairwise([2 * vocab_size, *ends.tolist()])]
+    return [spelled[begin:end] for begin, end in pairwise([0, *ends.tolist()])]
 
 
 def prefix_tokens(tokens: list[bytes]) -> list[int]:
@@ -3287,6 +3287,7 @@ class Trainer:
         self.token_bytes: list[bytes] | None = None
         if track.prefix_loss and any(max(stage.prefix_weight) > 0 for stage in track.schedule.stages):
             self.token_bytes = read_token_bytes(data_dir, track.model.vocab_size)
+            self.identities.opened(data_dir / TOKEN_BYTES)
 
     def find_prefixes(self) -> None:
         """What the prediction of prefixes takes; to call when the clock runs."""
@@ -3826,9 +3827,10 @@ RANGES = (
 def check_ranges(values: dict[str, object]) -> None:
     """Raise SpeedrunError for a number, of those by option, that is not finite or out of its range."""
     ranges = {field: some for fields, *some in RANGES for field in fields.split()}
+    leaves = lambda value: [leaf for part in value for leaf in leaves(part)] if isinstance(value, tuple) else [value]
     for option, value in values.items():
         low, end, words = ranges.get(option.rpartition(".")[2], (0, math.inf, "at least 0"))
-        numbers = [number for number in np.ravel(value).tolist() if isinstance(number, (int, float))]
+        numbers = [number for number in leaves(value) if isinstance(number, (int, float))]
         finite = all(abs(number) < math.inf for number in numbers)
         if not finite or not all(low <= number < end for number in numbers):
             words = words if finite else "a finite number"

@@ -206,7 +206,16 @@ def test_what_is_complete_counts_when_it_is_interrupted(tmp_path, monkeypatch, c
 
 def test_it_trains_what_is_missing_and_keeps_what_is_there(tiny_data, tmp_path):
     """The command, on the tiny track: two runs, a table, and nothing left to do on the second call."""
-    command = [sys.executable, REPO / "records" / "ablate.py", "--seeds", "1", "--only", "no n-grams", "--out", tmp_path]
+    command = [
+        sys.executable,
+        REPO / "records" / "ablate.py",
+        "--seeds",
+        "1",
+        "--only",
+        "no n-grams",
+        "--out",
+        tmp_path,
+    ]
     extra = [
         "--extra",
         *tiny_options(),
@@ -234,6 +243,15 @@ def test_it_trains_what_is_missing_and_keeps_what_is_there(tiny_data, tmp_path):
 
 
 def test_a_run_that_fails_is_reported_and_the_others_go_on(tiny_data, tmp_path):
-    command = [sys.executable, REPO / "records" / "ablate.py", "--seeds", "1", "--only", "no n-grams", "--out", tmp_path]
+    command = [
+        sys.executable,
+        REPO / "records" / "ablate.py",
+        "--seeds",
+        "1",
+        "--only",
+        "no n-grams",
+        "--out",
+        tmp_path,
+    ]
     done = subprocess.run([*map(str, command), "--extra", "--data-dir", "/nowhere"], capture_output=True, text=True)
     assert done.returncode == 1 and "2 runs failed" in done.stderr and "no shard" in done.stderr

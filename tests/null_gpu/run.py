@@ -109,12 +109,15 @@ def make_shards(folder: Path) -> None:
         tokens = random.integers(0, 50256, count, dtype=np.uint16)
         starts = np.cumsum(np.exp(random.normal(6, 1, count // 300)).astype(int) + 8)
         tokens[[0, *starts[starts < count]]] = 50256
-        header = np.zeros(256, dtype="<i4")
-        header[:3] = 20240520, 1, count
-        (folder / f"null_{name}_000001.bin").write_bytes(header.tobytes() + tokens.tobytes())
-    invented = [b"%x" % token for token in range(50256)] + [b""]
-    lengths = np.array([len(token) for token in invented], dtype="<u2")
-    (folder / "tokens.bin").write_bytes(lengths.tobytes() + b"".join(invented))
+        write_shard(folder / f"null_{name}_000001.bin", tokens)
+    spelled = [b"%x" % token for token in range(50256)] + [b""]
+    write_shard(folder / "tokens.bin", np.array([*map(len, spelled), *b"".join(spelled)]))
+
+
+def write_shard(path: Path, numbers: np.ndarray) -> None:
+    header = np.zeros(256, dtype="<i4")
+    header[:3] = 20240520, 1, len(numbers)
+    path.write_bytes(header.tobytes() + numbers.astype("<u2").tobytes())
 
 
 # ---- in the process that trains ----
