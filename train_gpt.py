@@ -244,27 +244,24 @@ class ModelConfig:
         split = last + 1 if self.second_gates is None else max(self.second_gates, 1)  # of layer 0: of what it is given
         pre, post = [o for o in gates if o.layer < split], [o for o in gates if o.layer >= split]
 
-        resid, branch = math.sqrt(1.1), 1.0  # of the residual stream, and of what attention or MLP adds to it
+        resid, branch = math.sqrt(1.1), 1.0  # weights of the residual stream, and of what attention or MLP adds to it
         mixed_in = [Output("values", last, 0.0, source=source) for source in self.mix_in]
         mixed_in += [Output("input", last, 0.0, source=source) for source in self.mix_in]
         mixed_in += [Output("value_gate", last, 2.0, 2)] if last in self.value_layers else []
-        mixed_in += [Output("resid_attention", last, resid), Output("attention_branch", last, branch)]
+        mixed_in += [Output("attention_resid", last, resid), Output("attention_branch", last, branch)]
         mixed_in.append(Output("attention", last, 0.0, source="first"))
         mixed_in.append(Output("attention", last, self.ngram_weight, source="ngram"))
-        mixed_in += [Output("resid_mlp", last, resid), Output("mlp_branch", last, branch)]
+        mixed_in += [Output("mlp_resid", last, resid), Output("mlp_branch", last, branch)]
         mixed_out = [Output("end", last, weight, source=source) for source, weight in self.mix_out]
 
-        mlps = [i for i in range(self.num_layers) if i != mixing]
-        resids = [Output("resid_attention", i, resid) for i in usual] + [Output("resid_mlp", i, resid) for i in mlps]
-        branches = [Output("attention_branch", i, branch) for i in usual]
-        branches += [Output("mlp_branch", i, branch) for i in mlps]
+        parts = [("attention", i) for i in usual] + [("mlp", i) for i in range(self.num_layers) if i != mixing]
         networks = [
             Network("pre", pre, "x0", scale=None) if self.gate_networks else Network("gates", gates),
             Network("post", post if self.gate_networks else [], f"out{split - 1}", scale=None),
             Network("mudd_in", [] if mixing is None else mixed_in, "last", scale=0.1),
             Network("mudd_out", mixed_out, f"out{last}", scale=0.1),
-            Network("resid", resids),
-            Network("branch", branches),
+            Network("resid", [Output(f"{part}_resid", i, resid) for part, i in parts]),
+            Network("branch", [Output(f"{part}_branch", i, branch) for part, i in parts]),
         ]
         there = {"", "x0", "first", *(f"out{i}" for i in range(last))}
         there |= {f"value{i}" for i in self.value_layers if i in attention}
@@ -317,9 +314,7 @@ class ModelConfig:
         )
 
 
-LAYER_LISTS = (
-    *("without_attention", "paired_layers", "long_layers", "gated_layers", "xsa_layers", "dc_layers", "value_layers"),
-)
+LAYER_LISTS = "without_attention paired_layers long_layers gated_layers xsa_layers dc_layers value_layers".split()
 
 
 @dataclass(frozen=True)
@@ -1992,10 +1987,10 @@ class GPT(nn.Module):
                 y = self._attention_layer(
                     i, a, qk_bank[slot], *vo_bank[2 * slot : 2 * slot + 2], ve, row, context, streams
                 )
-                resid, branch = streams.coefficient("resid_attention", i), streams.coefficient("attention_branch", i)
+                resid, branch = streams.coefficient("attention_resid", i), streams.coefficient("attention_branch", i)
                 x = streams.add(torch.addcmul(resid * x, branch, y), "attention", i)
             y = relu_squared_mlp(norm(x), mlp_bank[2 * i], mlp_bank[2 * i + 1], self.runtime.fused)
-            resid, branch = streams.coefficient("resid_mlp", i), streams.coefficient("mlp_branch", i)
+            resid, branch = streams.coefficient("mlp_resid", i), streams.coefficient("mlp_branch", i)
             x = torch.addcmul(resid * x, branch, y)
             streams.reach(f"out{i}", x)
             if i == c.late_input:
