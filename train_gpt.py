@@ -298,7 +298,8 @@ class ModelConfig:
         places = lambda layers: tuple(dict.fromkeys(map(place, layers)))
         stream = lambda name: re.sub(r"(?<=out|lue)\d+", lambda number: str(place(int(number[0]))), name)
         skips = dict.fromkeys((place(a), place(b)) for a, b in self.skips)
-        layers = {name: places(getattr(self, name)) for name in LAYER_LISTS}
+        lists = ("without_attention", "paired_layers", "long_layers", "gated_layers", "xsa_layers", "dc_layers")
+        layers = {name: places(getattr(self, name)) for name in (*lists, "value_layers")}
         # Where roles meet in a layer: heads in pairs cannot be composed, and the last layer keeps its attention.
         layers["paired_layers"] = tuple(i for i in layers["paired_layers"] if i not in layers["dc_layers"])
         layers["without_attention"] = tuple(i for i in layers["without_attention"] if i != num_layers - 1)
@@ -312,9 +313,6 @@ class ModelConfig:
             mix_in=tuple(dict.fromkeys(map(stream, self.mix_in))),
             mix_out=tuple({stream(name): (stream(name), weight) for name, weight in self.mix_out}.values()),
         )
-
-
-LAYER_LISTS = "without_attention paired_layers long_layers gated_layers xsa_layers dc_layers value_layers".split()
 
 
 @dataclass(frozen=True)
@@ -1770,7 +1768,7 @@ class Coefficients(nn.Module):
 
     def __init__(self, network: Network, width: int, hidden: int, runtime: Runtime, generator: torch.Generator):
         super().__init__()
-        self.network = network
+        self.layout = network
         scale, count = network.scale or GATE_SCALE, sum(output.width for output in network.outputs)
         initial = torch.tensor([output.initial for output in network.outputs for _ in range(output.width)])
         weights, dtype = {"bias": initial / scale}, wide(runtime.dtype)
@@ -1782,12 +1780,12 @@ class Coefficients(nn.Module):
 
     def forward(self, x: Tensor, gate_scale: Tensor | None) -> dict[Output, Tensor]:
         """Coefficients (T, width), or where nothing is read (width,). x (T, d) is the stream that is read."""
-        values, scale = self.bias.to(x.dtype), self.network.scale
-        if self.network.reads is not None:
+        values, scale = self.bias.to(x.dtype), self.layout.scale
+        if self.layout.reads is not None:
             values = F.linear(F.gelu(F.linear(x, self.w1)), self.w2, values)
             values = values * (gate_scale.to(x.dtype) if scale is None else scale)
-        widths = [output.width for output in self.network.outputs]
-        return dict(zip(self.network.outputs, values.split(widths, dim=-1), strict=True))
+        widths = [output.width for output in self.layout.outputs]
+        return dict(zip(self.layout.outputs, values.split(widths, dim=-1), strict=True))
 
 
 class Streams:
@@ -1795,35 +1793,26 @@ class Streams:
 
     def __init__(self, model: GPT, x0: Tensor):
         self.model, self.streams = model, {}
-        self.coefficients: dict[tuple[str, int], Tensor] = {}
-        self.weights: dict[
-            tuple[str, int], list[tuple[str, Tensor]]
-        ] = {}  # of streams, by the place where they come in
-        self.reach(None, x0)
+        self.coefficients: dict[Output, Tensor] = {}
+        self.reach(None, x0)  # what reads nothing
         self.reach("x0", x0)
 
     def reach(self, name: str | None, x: Tensor) -> None:
-        """A stream is there, for the networks that read it and for those who weigh it."""
-        if name in self.model.weighed_streams:
-            self.streams[name] = x
+        """A stream is there, for the networks that read it and for those who add it."""
+        self.streams[name] = x
         for network in self.model.networks:
-            if network.network.reads == name:
-                for output, value in network(x, getattr(self.model, "gate_scale", None)).items():
-                    if output.source:
-                        self.weights.setdefault(output[:2], []).append((output.source, value))
-                    else:
-                        self.coefficients[output[:2]] = value
+            if network.layout.reads == name:
+                self.coefficients |= network(x, getattr(self.model, "gate_scale", None))
 
     def coefficient(self, role: str, layer: int) -> Tensor | None:
         """(T, width), or (width,) for all tokens; None where the layout has none."""
-        return self.coefficients.get((role, layer))
+        return next((value for output, value in self.coefficients.items() if output[:2] == (role, layer)), None)
 
-    def add(self, x: Tensor | None, place: str, layer: int, factor: Tensor | None = None) -> Tensor | None:
-        """x and, weighed, all streams that come in at this place."""
-        for name, weight in self.weights.get((place, layer), ()):
-            weight = weight if factor is None else factor * weight
-            stream = self.streams[name]
-            x = weight * stream if x is None else torch.addcmul(x, weight, stream)
+    def add(self, x: Tensor, role: str, layer: int, factor: Tensor | float = 1.0) -> Tensor:
+        """x and all streams that have this role in the layer, each times its coefficient and the factor."""
+        for output, weight in self.coefficients.items():
+            if output[:2] == (role, layer):
+                x = torch.addcmul(x, factor * weight, self.streams[output.source])
         return x
 
 
@@ -1885,7 +1874,6 @@ class GPT(nn.Module):
         for network in config.networks:
             self.add_module(network.name, Coefficients(network, d, config.network_width, runtime, generator))
         self.networks = tuple(self.children())
-        self.weighed_streams = {output.source for network in config.networks for output in network.outputs}
         if config.ngrams and config.ngram_signs:
             # The same whatever the seed: not trained, and in no checkpoint.
             signs = torch.randint(2, (config.ngram_signs, d), generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -1974,7 +1962,7 @@ class GPT(nn.Module):
         for i, layer in enumerate(self.layers):
             if layer.table is not None:
                 streams.reach(f"value{i}", values[layer.table])
-        skip = torch.sigmoid(self.skip_lambda) if hasattr(self, "skip_lambda") else None
+        skip = torch.sigmoid(self.skip_lambda) if hasattr(self, "skip_lambda") else 1.0
         for i, layer in enumerate(self.layers):
             if i == last:
                 streams.reach("last", x)
