@@ -1808,6 +1808,10 @@ class Streams:
         """(T, width), or (width,) for all tokens; None where the layout has none."""
         return next((value for output, value in self.coefficients.items() if output[:2] == (role, layer)), None)
 
+    def merge(self, x: Tensor, y: Tensor, part: str, layer: int) -> Tensor:
+        """The stream x and what attention or the MLP makes of it, weighed. (T, d)"""
+        return torch.addcmul(self.coefficient(f"{part}_resid", layer) * x, self.coefficient(f"{part}_branch", layer), y)
+
     def add(self, x: Tensor, role: str, layer: int, factor: Tensor | float = 1.0) -> Tensor:
         """x and all streams that have this role in the layer, each times its coefficient and the factor."""
         for output, weight in self.coefficients.items():
@@ -1970,16 +1974,12 @@ class GPT(nn.Module):
             if i == 0:
                 streams.reach("first", x)
             if layer.attention is not None:
-                a = late_input if layer.late else norm(x)
-                slot, ve = layer.attention, None if layer.table is None else values[layer.table]
-                y = self._attention_layer(
-                    i, a, qk_bank[slot], *vo_bank[2 * slot : 2 * slot + 2], ve, row, context, streams
-                )
-                resid, branch = streams.coefficient("attention_resid", i), streams.coefficient("attention_branch", i)
-                x = streams.add(torch.addcmul(resid * x, branch, y), "attention", i)
-            y = relu_squared_mlp(norm(x), mlp_bank[2 * i], mlp_bank[2 * i + 1], self.runtime.fused)
-            resid, branch = streams.coefficient("mlp_resid", i), streams.coefficient("mlp_branch", i)
-            x = torch.addcmul(resid * x, branch, y)
+                a, slot = late_input if layer.late else norm(x), layer.attention
+                weights = qk_bank[slot], *vo_bank[2 * slot : 2 * slot + 2]
+                x = streams.merge(x, self._attention_layer(i, a, *weights, row, context, streams), "attention", i)
+                x = streams.add(x, "attention", i)
+            mlp = relu_squared_mlp(norm(x), mlp_bank[2 * i], mlp_bank[2 * i + 1], self.runtime.fused)
+            x = streams.merge(x, mlp, "mlp", i)
             streams.reach(f"out{i}", x)
             if i == c.late_input:
                 late_input = norm(x)
@@ -2007,17 +2007,18 @@ class GPT(nn.Module):
         w_qk: Tensor,  # (matrices, qk_heads * D, d)
         w_v: Tensor,  # (d, d)
         w_o: Tensor,  # (d, d)
-        ve: Tensor | None,  # (T, d) value embedding
         row: Row,
         context: Context,
         streams: Streams,
     ) -> Tensor:  # (T, d)
+        """What the attention of layer i adds to the stream, before its weight."""
         c, layer, T = self.config, self.layers[i], len(a)
         sa_qkv, sa_o = self.sa_lambda[i].unbind()
         # Each by itself: as one slab their gradients would be put together and taken apart again.
         q, k = F.linear(a, sa_qkv * w_qk.flatten(0, 1)).view(T, 2, c.num_heads, c.head_dim).unbind(1)
         v = streams.add(F.linear(a, sa_qkv * w_v), "values", i).view(T, c.num_heads, c.head_dim)
-        if ve is not None:
+        if layer.table is not None:
+            ve = streams.streams[f"value{i}"]
             if layer.value_gate is None:
                 gate = streams.coefficient("value_gate", i).repeat_interleave(c.num_heads // 2, -1)
             else:
