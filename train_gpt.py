@@ -3866,19 +3866,27 @@ def short_help(track: Track) -> str:
             said = " ".join(docstring.value.value.split())
             lines.append(f"  --{spelled(item.target.id):17} {textwrap.shorten(said, 98, placeholder=' …')}")
 
-    groups: dict[str, list[str]] = {}
+    groups: dict[str, dict[str, list[str]]] = {}  # by their numbers, which have several values where I counts them
     for name, value in flatten(track).items():
         group, dot, number = spelled(name).rpartition(".")
         if not group.startswith("optimizer.rules") and name != "name":
-            groups.setdefault(f"--{group}{dot}", []).append(f"{number} {value}".replace(", ", ","))
+            numbers = groups.setdefault(re.sub(r"\.\d+", ".I", f"--{group}{dot}"), {})
+            numbers.setdefault(number, []).append(str(value).replace(", ", ","))
     rules, rule = ([spelled(item.name) for item in dataclasses.fields(kind)] for kind in (Rules, Rule))
-    groups["--optimizer.rules.PARAMETER."] = [*rule, f"PARAMETER is {' '.join(rules)}"]
+    groups["--optimizer.rules.PARAMETER."] = dict.fromkeys(rule, []) | {"PARAMETER is": rules}
     lines += [
         "",
         "Numbers of the track, options as well (--model.num-layers 4 --schedule.stages.0.lr 0.9 --no-model.smear):",
     ]
-    for group, numbers in groups.items():
-        words = f"{group} {', '.join(numbers)}"
+    said = lambda name, values: " ".join([name, *(values[:1] if len(set(values)) == 1 else values)])
+    paragraphs = [f"{group} " + ", ".join(map(said, numbers, numbers.values())) for group, numbers in groups.items()]
+    for network in track.model.networks:
+        layers: dict[str, list[str]] = {}
+        for output in network.outputs:
+            layers.setdefault(f"{output.role} {output.source}".strip(), []).append(str(output.layer))
+        roles = "; ".join(f"{role} {','.join(some)}" for role, some in layers.items())
+        paragraphs.append(f"coefficients {network.name}{' of ' + network.reads if network.reads else ''}: {roles}")
+    for words in paragraphs:
         lines += textwrap.wrap(words, 132, initial_indent="  ", subsequent_indent=" " * 8, break_on_hyphens=False)
     lines += [
         "",
