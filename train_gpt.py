@@ -40,7 +40,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, NoReturn
 
@@ -3857,6 +3857,12 @@ def parse_command(
     return command.track, command.options
 
 
+def spans(numbers: list[int]) -> str:
+    """Ascending numbers as `0-3,5`."""
+    runs = [[n for _, n in run] for _, run in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])]
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
 def short_help(track: Track) -> str:
     """The options of a run, a line each, and the numbers of the track with their values."""
     spelled = lambda name: name.replace("_", "-")
@@ -3881,10 +3887,10 @@ def short_help(track: Track) -> str:
     said = lambda name, values: " ".join([name, *(values[:1] if len(set(values)) == 1 else values)])
     paragraphs = [f"{group} " + ", ".join(map(said, numbers, numbers.values())) for group, numbers in groups.items()]
     for network in track.model.networks:
-        layers: dict[str, list[str]] = {}
+        layers: dict[str, list[int]] = {}
         for output in network.outputs:
-            layers.setdefault(f"{output.role} {output.source}".strip(), []).append(str(output.layer))
-        roles = "; ".join(f"{role} {','.join(some)}" for role, some in layers.items())
+            layers.setdefault(f"{output.role} {output.source}".strip(), []).append(output.layer)
+        roles = "; ".join(f"{role} {spans(some)}" for role, some in layers.items())
         paragraphs.append(f"coefficients {network.name}{' of ' + network.reads if network.reads else ''}: {roles}")
     for words in paragraphs:
         lines += textwrap.wrap(words, 132, initial_indent="  ", subsequent_indent=" " * 8, break_on_hyphens=False)
