@@ -3879,7 +3879,7 @@ def short_help(track: Track) -> str:
             numbers = groups.setdefault(re.sub(r"\.\d+", ".I", f"--{group}{dot}"), {})
             numbers.setdefault(number, []).append(str(value).replace(", ", ","))
     rules, rule = ([spelled(item.name) for item in dataclasses.fields(kind)] for kind in (Rules, Rule))
-    groups["--optimizer.rules.PARAMETER."] = dict.fromkeys(rule, []) | {"PARAMETER is": rules}
+    groups["--optimizer.rules.PARAMETER."] = {key: [] for key in rule} | {"PARAMETER is": rules}
     lines += [
         "",
         "Numbers of the track, options as well (--model.num-layers 4 --schedule.stages.0.lr 0.9 --no-model.smear):",
