@@ -206,7 +206,7 @@ def time_attention() -> dict[str, str]:
     from tests.benchmarks.step import compare, synthetic_row
     from train_gpt import SMALL, Options, Runtime, SpeedrunError
 
-    settings, found = SMALL.at(1700), {}
+    settings, found = SMALL.at(1200), {}
     for backend in ("FA2", "FA3", "FA4"):
         try:
             runtime = Runtime.create(Options(device="cuda", attention=backend))
