@@ -263,7 +263,8 @@ class ModelConfig:
             Network("resid", resids),
             Network("branch", branches),
         ]
-        there = {"", "x0", "first", *(f"out{i}" for i in range(last)), *(f"value{i}" for i in self.value_layers)}
+        there = {"", "x0", "first", *(f"out{i}" for i in range(last))}
+        there |= {f"value{i}" for i in self.value_layers if i in attention}
         there |= {"last"} if last else set()
         there |= {"ngram"} if self.ngrams else set()
         networks = [replace(n, outputs=tuple(o for o in n.outputs if o.source in there)) for n in networks]

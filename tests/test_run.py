@@ -108,6 +108,7 @@ def test_the_warm_up_needs_no_more_data_than_the_run(tmp_path):
     exact = replace(exact, schedule=replace(exact.schedule, stages=stages, extension=stages[-1]))
     lengths = [exact.at(step).stage.tokens // 2 + 1 for step in range(4) for _ in range(2)]
     write_shard(tmp_path / "x_train_000001.bin", documents(lengths))
+    write_token_bytes(tmp_path)
     run(exact, tmp_path / "cold", tmp_path, warmup=False)
     run(exact, tmp_path / "warm", tmp_path, warmup=True)
 
@@ -120,7 +121,7 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(tiny_data):
     assert steps(again, 0, 8) == losses
     assert_same(first.state() | {"rng": None}, again.state() | {"rng": None})
     assert steps(other, 0, 8) != losses
-    for name in ("head", "attn_bank", "mlp_bank"):
+    for name in ("head", "qk_bank", "vo_bank", "mlp_bank"):
         assert not torch.equal(first.params[name], other.params[name])
 
 
@@ -597,8 +598,8 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_its_log(command, tiny_
         ("--model.head-dim 6", ("head_dim 6", "multiple of 4")),
         ("--model.num-heads 3", ("num_heads 3", "even")),
         ("--model.skips 3 1", ("later layer",)),
-        ("--model.second-embed 2 0", (r"second-embed: found \(2, 0\)", "from 1 to")),
-        ("--model.gate-dim 17", ("gate_dim 17", "width 16")),
+        ("--model.ngrams 2 0", (r"ngrams: found \(2, 0\)", "from 1 to")),
+        ("--model.gate-dim 18", ("gate_dim 18", "width 16")),
     ],
 )
 def test_numbers_that_cannot_work_are_refused_in_a_sentence(command, tiny_data, words, parts):
