@@ -1545,7 +1545,8 @@ class Optimizer:
 
     def _check_rule(self, name: str, p: nn.Parameter) -> None:
         """Raise SpeedrunError where a parameter cannot be updated by its rule."""
-        rule, world, option = self.rules[name], self.runtime.world_size, f"--optimizer.rules.{name.replace('_', '-')}"
+        rule, world = self.rules[name], self.runtime.world_size
+        option = f"--optimizer.rules.{name.partition('.')[0].replace('_', '-')}"
         adam = rule.kind == "adam"
         if not adam and p.dim() != 3:
             raise SpeedrunError(
@@ -3824,9 +3825,10 @@ RANGES = (
 def check_ranges(values: dict[str, object]) -> None:
     """Raise SpeedrunError for a number, of those by option, that is not finite or out of its range."""
     ranges = {field: some for fields, *some in RANGES for field in fields.split()}
+    leaves = lambda value: [leaf for part in value for leaf in leaves(part)] if isinstance(value, tuple) else [value]
     for option, value in values.items():
         low, end, words = ranges.get(option.rpartition(".")[2], (0, math.inf, "at least 0"))
-        numbers = [number for number in np.ravel(value).tolist() if isinstance(number, (int, float))]
+        numbers = [number for number in leaves(value) if isinstance(number, (int, float))]
         finite = all(abs(number) < math.inf for number in numbers)
         if not finite or not all(low <= number < end for number in numbers):
             words = words if finite else "a finite number"

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import torch
 import tqdm.std
-from conftest import BOS, REPO, cpu, documents, run_process, tiny_options, tiny_track, write_shard
+from conftest import BOS, REPO, cpu, documents, run_process, tiny_options, tiny_track, write_shard, write_token_bytes
 
 import train_gpt
-from train_gpt import Options, Row, Trainer, train
+from train_gpt import Options, Row, Trainer, make_row, train
 
 LINE = re.compile(
     r"step:(?P<step>\d+)/(?P<total>\d+) ((?P<kind>val_loss|train_loss):(?P<loss>\d+\.\d{4}) )?"
@@ -425,7 +425,9 @@ def test_validation_is_the_mean_cross_entropy_of_the_stream(tiny_data):
             n = len(tokens) - 1
             starts = [0] + [i for i in range(1, n) if tokens[i] == BOS] + [n]
             inputs = torch.from_numpy(tokens[:-1].copy())
-            row = Row(inputs, torch.from_numpy(tokens[1:].copy()), torch.tensor(starts, dtype=torch.int32), n)
+            ngrams = make_row(tokens, np.array(starts[:-1]), n, track.model)[-2:]  # see test_loader.py
+            cu_seqlens = torch.tensor(starts, dtype=torch.int32)
+            row = Row(inputs, torch.from_numpy(tokens[1:].copy()), cu_seqlens, n, *ngrams)
             logits = trainer.model.logits(row, settings).numpy()
             log_probs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
             total -= log_probs[np.arange(n), tokens[1:]].sum()
