@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import pytest
 import torch
-from conftest import BOS, cpu, documents, mutated, text_like, write_shard
+from conftest import BOS, cpu, documents, mutated, text_like, write_shard, write_token_bytes
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -29,6 +29,8 @@ from train_gpt import (
     Stage,
     Track,
     check_numbers,
+    prefix_tokens,
+    read_token_bytes,
     require_rows,
     require_tokens,
     shard_identity,
@@ -540,3 +542,28 @@ def test_a_damaged_shard_is_refused_or_still_a_shard(tmp_path, count):
         assert header.tolist() == [20240520, 1, len(tokens)] and tokens.max() < 257
         assert bounds.tolist() == [*np.flatnonzero(tokens == BOS), len(tokens)]
     assert refused > count // 2
+
+
+@given(st.lists(st.text("ab", max_size=5).map(str.encode), max_size=12))
+def test_the_prefix_of_a_token_is_the_longest_other_that_it_begins_with(tokens):
+    """Catches: a token that is its own prefix, an empty one (BOS) that all begin with, the shortest instead of the
+    longest. Of several tokens with the same bytes, none of which is a prefix of the other, the last counts."""
+    expected = []
+    for token in tokens:
+        longest = -1
+        for i, other in enumerate(tokens):
+            proper = 0 < len(other) < len(token) and token.startswith(other)
+            if proper and (longest < 0 or len(other) >= len(tokens[longest])):
+                longest = i
+        expected.append(longest)
+    assert prefix_tokens(tokens) == expected
+
+
+def test_the_bytes_of_tokens_are_read_and_their_prefixes_put_into_the_model(tmp_path):
+    """Catches: lengths read as offsets, a prefix for BOS or for the padding of the vocabulary."""
+    write_token_bytes(tmp_path)
+    tokens = read_token_bytes(tmp_path, 257)
+    assert tokens == [*(str(i).encode() for i in range(256)), b""]
+    model = train_gpt.GPT(replace(MODEL, num_heads=2, head_dim=8), cpu())
+    model.set_prefixes(tokens)
+    assert model.prefix.tolist() == [-1] * 10 + [i // 10 for i in range(10, 256)] + [-1] * 16

@@ -44,6 +44,8 @@ def assert_same(a, b, path: str = "state") -> None:
 
 
 def steps(trainer: Trainer, begin: int, end: int) -> list[float]:
+    """Losses of these steps, trained as in a run whose clock has just started."""
+    trainer.find_prefixes()
     return [trainer.train_step(step).item() for step in range(begin, end)]
 
 
@@ -72,16 +74,18 @@ def lines_of(log: str) -> list[re.Match]:
 @pytest.mark.parametrize(("dtype", "stop"), [(torch.float32, 20), (torch.bfloat16, 20), (torch.float32, 7)])
 def test_a_run_with_warm_up_equals_one_without(tiny_data, dtype, stop):
     """Catches: anything that the warm-up leaves behind: weights, momenta, low halves, gradients waiting for Adam, the
-    loader's place or its prefetch, a tied embedding, the random generator. Bit for bit, over the whole run."""
+    loader's place or its prefetch, a tied embedding, the random generator, prefixes found off the clock. Bit for bit,
+    over the whole run."""
     plain, warmed = (Trainer(few_rows(), cpu(dtype), tiny_data, seed=5) for _ in range(2))
     torch.rand(3)
     generator = torch.get_rng_state()
     warmed.warm_up(stop)
     assert torch.equal(torch.get_rng_state(), generator)
-    assert all(p.grad is None for p in warmed.params.values())
+    assert all(p.grad is None for p in warmed.params.values()) and (warmed.model.prefix == -1).all()
     assert_same(dict(warmed.model.named_parameters()), dict(plain.model.named_parameters()))
     assert steps(warmed, 0, stop) == steps(plain, 0, stop)
     assert_same(warmed.state(), plain.state())
+    assert torch.equal(warmed.model.prefix, plain.model.prefix) and (plain.model.prefix >= 0).any()
     settings = plain.track.validation_at(stop)
     assert warmed.validate(settings) == plain.validate(settings)
 
@@ -312,6 +316,7 @@ def test_validation_comes_every_so_many_steps_and_at_the_end(whole_log, tiny_dat
 def test_the_logged_losses_are_those_of_the_steps(whole_log, tiny_data):
     """Catches: a mean over the wrong steps or rows; a validation before or after the update it is logged for."""
     trainer, track = Trainer(few_rows(), cpu(), tiny_data, seed=11), few_rows()
+    trainer.find_prefixes()
     losses, validations = [], {}
     for step in range(21):
         if step in (0, 8, 16, 20):
@@ -327,6 +332,22 @@ def test_the_logged_losses_are_those_of_the_steps(whole_log, tiny_data):
         elif line["kind"] == "val_loss":
             assert float(line["loss"]) == pytest.approx(validations[step], abs=6e-5)
     assert begin == 20
+
+
+def test_without_the_prefix_loss_no_bytes_of_tokens_are_needed(tiny_data, tmp_path):
+    """Catches: an option that the log hides, that leaves the weights of the loss on, or turns on with any stage."""
+    data = tmp_path / "data"
+    shutil.copytree(tiny_data, data, ignore=shutil.ignore_patterns("tokens.bin"))
+    track = replace(few_rows(), prefix_loss=False)
+    settings, log = run(track, tmp_path / "logs", data).split("=" * 100)[-2:]
+    assert "\nprefix_loss: False\n" in settings
+    off = [replace(stage, prefix_weight=(0.0, 0.0)) for stage in track.schedule.stages]
+    by_weights = steps(Trainer(few_rows(stages=tuple(off)), cpu(), data, seed=0), 0, 20)
+    with_them = steps(Trainer(few_rows(), cpu(), tiny_data, seed=0), 0, 20)
+    logged = [float(loss) for loss in re.findall(r"train_loss:(\S+)", log)]
+    count = 20 // len(logged)
+    assert logged == pytest.approx([np.mean(by_weights[i : i + count]) for i in range(0, 20, count)], abs=6e-5)
+    assert by_weights[0] == with_them[0] and by_weights[4] != with_them[4]
 
 
 def reduced(track: train_gpt.Track) -> train_gpt.Track:

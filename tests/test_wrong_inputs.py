@@ -10,7 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import BOS, REPO, cpu, documents, tiny_options, tiny_track, write_shard, write_tiny_data
+from conftest import (
+    BOS,
+    REPO,
+    cpu,
+    documents,
+    tiny_options,
+    tiny_track,
+    write_shard,
+    write_tiny_data,
+    write_token_bytes,
+)
 
 import train_gpt
 from train_gpt import (
@@ -309,6 +319,30 @@ def test_a_folder_without_shards_is_named(refused, tmp_path, splits, said):
     folder = tmp_path / "data"
     expected = f"{said} in {folder}. Make them with `python data/nano.py --out {folder}`"
     assert expected in refused("--data-dir", str(folder))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            lambda path: path.unlink(),
+            "cannot be read (No such file or directory), and prefixes of tokens are",
+        ),
+        (replaced_by_a_folder, "cannot be read (Is a directory)"),
+        (lambda path: rewrite(path, lambda data: b""), "not the bytes of 257 tokens"),
+        (lambda path: rewrite(path, lambda data: data[:101]), "not the bytes of 257 tokens"),
+        (lambda path: rewrite(path, lambda data: data[:-1]), "not the bytes of 257 tokens"),
+        (lambda path: rewrite(path, lambda data: data + b"x"), "not the bytes of 257 tokens"),
+        (lambda path: write_token_bytes(path.parent, 256), "not the bytes of 257 tokens"),
+        (lambda path: write_token_bytes(path.parent, 50_257, 50_256), "not the bytes of 257 tokens"),
+    ],
+)
+def test_bytes_of_tokens_that_are_missing_or_of_others_are_refused(refused, tmp_path, change, said):
+    """Catches: prefixes of another vocabulary learnt in silence, a loss left out because its file is not there."""
+    path = write_tiny_data(tmp_path / "data") / "tokens.bin"
+    change(path)
+    message = refused("--data-dir", str(tmp_path / "data"))
+    assert f"{path}: {said}" in message and "or train with --no-prefix-loss" in message
 
 
 # ---- checkpoints ----
