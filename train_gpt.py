@@ -2343,7 +2343,8 @@ def read_token_bytes(data_dir: Path, vocab_size: int) -> list[bytes]:
         raise SpeedrunError(
             f"{path}: cannot be read ({error.strerror}), and prefixes of tokens are predicted. {mend}"
         ) from error
-    ends = 2 * vocab_size + np.cumsum(np.frombuffer(data[: min(2 * vocab_size, len(data) // 2 * 2)], "<u2"), dtype=np.int64)
+    lengths = np.frombuffer(data[: min(2 * vocab_size, len(data) // 2 * 2)], "<u2")
+    ends = 2 * vocab_size + np.cumsum(lengths, dtype=np.int64)
     if len(ends) != vocab_size or ends[-1] != len(data):
         raise SpeedrunError(f"{path}: not the bytes of {vocab_size} tokens. {mend}")
     return [data[begin:end] for begin, end in pairwise([2 * vocab_size, *ends.tolist()])]
