@@ -28,6 +28,7 @@ from conftest import (
     tiny_track,
     torchrun,
     write_shard,
+    write_token_bytes,
 )
 
 import train_gpt
@@ -215,7 +216,7 @@ def test_other_data_are_refused_and_a_log_says_which_were_read(tiny_data, undist
     """Catches: a run that goes on with other bytes without a word; a log that does not say what was read. Of the
     shards that were not opened yet, any may come."""
     read = [line for line in lines(undisturbed) if line.startswith("data: ")]
-    paths = sorted(tiny_data.glob("*.bin"))
+    paths = sorted(tiny_data.glob("tiny_*.bin"))
     tokens = {path.name: (path.stat().st_size - 1024) // 2 for path in paths}
     hashes = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
     assert read == [f"data: {name} {tokens[name]} tokens sha256 {hashes[name]}" for name in hashes]
@@ -332,7 +333,7 @@ def test_a_file_with_a_digest_but_foreign_content_is_refused(undisturbed, tmp_pa
         tensors | {"weights.more": torch.zeros(1)},
         tensors | {name: tensors[name].double()},
         tensors | {name: tensors[name][:-1]},
-        tensors | {"weights.attn_bank": tensors["weights.attn_bank"][:, :-1].contiguous()},
+        tensors | {"weights.qk_bank": tensors["weights.qk_bank"][:, :-1].contiguous()},
     ):
         with pytest.raises(CheckpointError):
             trainer.load(Checkpoint(forge(wrong, metadata)))
@@ -692,6 +693,7 @@ def test_a_lost_rank_ends_all_and_is_named(tmp_path, how, count):
     data.mkdir()
     write_shard(data / "long_train_000001.bin", text_like(700_000, seed=1))  # the blow comes before the end
     write_shard(data / "long_val_000000.bin", text_like(2000, seed=2))
+    write_token_bytes(data)
     for i in range(count):
         out, rank = tmp_path / str(i), rng.randrange(2)
         env = {k: v for k, v in os.environ.items() if k not in LAUNCHER_VARIABLES}

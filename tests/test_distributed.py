@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPO, cpu, tiny_options, tiny_track, torchrun
-from drive import drive
+from drive import drive, sparse_gradients
 
 from train_gpt import Options, Track, train
 
 TOLERANCE = {"float64": 1e-10, "float32": 5e-6, "bfloat16": 2e-3}  # measured: 4e-16, 2e-7, 2e-4
+BANKS = ("qk_bank", "vo_bank", "mlp_bank")
 CASES = [(2, "float64"), (2, "float32"), (2, "bfloat16"), (4, "float64"), (8, "float64")]
 
 
@@ -24,10 +25,12 @@ def head_not_sharded() -> Track:
     return replace(track, optimizer=replace(track.optimizer, rules=rules))
 
 
-def one_stage() -> Track:
-    """Six steps of one shape, as it takes long to compile others; the embedding unties after the fourth."""
-    stage = tiny_track().schedule.stages[1]
-    return tiny_track(stages=(stage,), extension=stage, scheduled_steps=4, extension_steps=2)
+def one_row_each(world_size: int) -> Track:
+    """A row per rank: the gradient of the n-grams travels as rows of the table. Six steps of two layers and of one
+    shape, as it takes long to compile others; the embedding unties after the fourth."""
+    stage, data = tiny_track().schedule.stages[1], {"rows_per_step": world_size, "val_tokens": 4 * 96}
+    track = tiny_track(stages=(stage,), extension=stage, scheduled_steps=4, extension_steps=2, **data)
+    return replace(track, model=replace(track.model, num_layers=2))
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +41,10 @@ def driven(tmp_path_factory, tiny_data):
     def launch(world_size: int) -> Path:
         out = tmp_path_factory.mktemp(f"world{world_size}")
         runs = {run: (tiny_track(), getattr(torch, run), False) for w, run in CASES if w == world_size}
+        runs["one_row_each"] = (one_row_each(world_size), torch.float64, False)
         if world_size == 2:
             runs["head_not_sharded"] = (head_not_sharded(), torch.float64, False)
-            runs["compiled"] = (one_stage(), torch.float64, True)
+            runs["compiled"] = (one_row_each(2), torch.float64, True)
         for name, run in runs.items():
             torch.save(run, out / f"{name}.pt")
         files = [out / f"{name}.pt" for name in runs]
@@ -80,9 +84,34 @@ def test_all_ranks_hold_the_same_weights(driven, world_size, dtype):
 def test_compiled_ranks_take_the_same_steps(driven, tiny_data):
     """Catches: a sum over the ranks of an embedding's gradient that starts before the gradient is there: the hook runs
     in the backward pass all the same. Compiled, learning rates are float32."""
-    alone = drive(one_stage(), cpu(torch.float64), tiny_data)
+    alone = drive(one_row_each(2), cpu(torch.float64), tiny_data)
     for rank in driven(2, "compiled"):
+        assert rank["touched"] is not None
         np.testing.assert_allclose(rank["losses"], alone["losses"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("world_size", [2, 4, 8])
+def test_rows_of_a_table_that_travel_alone_add_up_to_the_sum_of_all(driven, world_size):
+    """Catches: a row sent to the wrong owner or lost, the rank's own rows counted twice or dropped, rows of the step
+    before, which Adam adds up, not sent, a rank without any rows that waits for ever, rows that are kept for the next
+    pair of steps, which has all. Bit for bit: sums of small integers."""
+    found = [torch.cat(pieces).view(40, 3) for pieces in zip(*driven(world_size, "exchange"), strict=True)]
+    assert len(found) == 3
+    for step, total in zip((14, 16, 18), found, strict=True):
+        expected = sum(sparse_gradients(world_size, s).sum(0) for s in (step, step + 1))
+        assert expected.any() and torch.equal(total.long(), expected), step
+
+
+@pytest.mark.parametrize("world_size", [2, 4, 8])
+def test_ranks_with_a_row_each_train_as_one_process_with_all_rows(driven, tiny_data, world_size):
+    """Catches: touched rows that are not those of the gradient, or of another step than its own."""
+    alone = drive(one_row_each(world_size), cpu(torch.float64), tiny_data)
+    assert alone["touched"] is None and (alone["prefix"] >= 0).any()
+    for rank in driven(world_size, "one_row_each"):
+        assert rank["touched"].shape == (world_size, 320)
+        np.testing.assert_allclose(rank["losses"], alone["losses"], rtol=TOLERANCE["float64"])
+        for name, whole in alone["weights"].items():
+            check_padded(rank["weights"][name], whole, name)
 
 
 @pytest.mark.parametrize("world_size", [2, 4, 8])
@@ -94,14 +123,15 @@ def test_the_pieces_of_all_ranks_add_up_to_the_state_of_one_process(driven, worl
     for name, state in alone["optimizer"].items():
         for key, whole in state.items():
             pieces = [rank["optimizer"][name][key] for rank in ranks]
-            if pieces[0].numel() == whole.numel() and name.removeprefix("untied_") not in ("attn_bank", "mlp_bank"):
+            if pieces[0].numel() == whole.numel() and name.removeprefix("untied_") not in BANKS:
                 joined = pieces[0]  # replicated: every rank has it all
                 assert all(torch.equal(joined, piece) for piece in pieces)
             else:
                 joined = torch.cat(pieces)
                 sharded += 1
             check_padded(joined, whole, f"{name}.{key}")
-    assert sharded >= 2 * len({"attn_bank", "mlp_bank", "head", "embed", "value_embeds", "untied_head", "untied_embed"})
+    tables = {"head", "embed", "value_embeds", "ngram_embed", "untied_head", "untied_embed"}
+    assert sharded >= 2 * len({*BANKS, *tables})
     for name, whole in alone["weights"].items():
         check_padded(ranks[0]["weights"][name], whole, name)
 

@@ -6,13 +6,14 @@ import os
 import random
 import re
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
 import torch
-from conftest import BOS, cpu, documents, mutated, text_like, write_shard
+from conftest import BOS, cpu, documents, mutated, text_like, write_shard, write_token_bytes
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -28,12 +29,17 @@ from train_gpt import (
     Stage,
     Track,
     check_numbers,
+    prefix_tokens,
+    read_token_bytes,
     require_rows,
     require_tokens,
     shard_identity,
     validation_rows,
     validation_tokens,
 )
+
+# The layout of `nano` with n-grams that collide, and signs.
+MODEL = replace(NANO.model, ngrams=(1, 2, 5), ngram_rows=97, ngram_signs=7)
 
 
 class NaiveStream:
@@ -80,7 +86,7 @@ def track_with(
         NANO.schedule, scheduled_steps=steps_each * len(stages), extension_steps=99, stages=stages, extension=stages[-1]
     )
     data = replace(NANO.data, bos=BOS, rows_per_step=rows, val_tokens=val_tokens, val_row_tokens=val_row)
-    return replace(NANO, data=data, schedule=schedule)
+    return replace(NANO, data=data, schedule=schedule, model=MODEL)
 
 
 def write_shards(folder: Path, shards: list[list[int]], split: str = "train") -> Path:
@@ -90,7 +96,20 @@ def write_shards(folder: Path, shards: list[list[int]], split: str = "train") ->
 
 
 def as_tuple(row: train_gpt.Row) -> tuple:
-    return tuple(row.inputs.tolist()), tuple(row.targets.tolist()), tuple(row.cu_seqlens.tolist()), row.max_seqlen
+    return tuple(str(value.tolist()) if isinstance(value, torch.Tensor) else value for value in row)
+
+
+def check_ngrams(row: train_gpt.Row, pieces: list[list[int]], n: int) -> None:
+    """The n-grams of a row are hashed as in a loop over its documents, each alone."""
+    for size, rows, signs in zip(MODEL.ngrams, row.ngram_rows.tolist(), row.sign_rows.tolist(), strict=True):
+        keys = []
+        for piece in pieces:
+            for t in range(len(piece)):
+                key = piece[t]
+                for back in range(1, size):
+                    key = (48271 * key + (piece[t - back] + 1 if t >= back else 0)) % (2**31 - 1)
+                keys.append(key)
+        assert rows == [key % 97 for key in keys[:n]] and signs == [key // 97 % 7 for key in keys[:n]]
 
 
 def check_row(row: train_gpt.Row, pieces: list[list[int]], n: int, max_doc_len: int) -> None:
@@ -103,6 +122,7 @@ def check_row(row: train_gpt.Row, pieces: list[list[int]], n: int, max_doc_len: 
     assert padding, "cu_seqlens must end with n, or the last document has no end"
     assert row.cu_seqlens.tolist() == starts + padding and row.cu_seqlens.dtype == torch.int32
     assert max(np.diff(row.cu_seqlens.tolist())) <= row.max_seqlen <= max(max_doc_len, 1)
+    check_ngrams(row, pieces, n)
 
 
 def shards_of(fewest: int) -> st.SearchStrategy[list[int]]:
@@ -124,7 +144,8 @@ stage_shapes = st.tuples(st.integers(1, 14), st.integers(1, 20))
 )
 def test_the_ranks_rows_together_are_the_naive_stream(shards, stages, steps_each, world_size):
     """Catches: a rule of the stream broken (piece length, skipped rest, one shard per step, dropped remainder), rows
-    dealt to the wrong rank or twice, a stage's batch size or max_doc_len applied a step late, wrong cu_seqlens."""
+    dealt to the wrong rank or twice, a stage's batch size or max_doc_len applied a step late, wrong cu_seqlens,
+    n-grams that reach across a document's start or into what was cut off."""
     track, naive = track_with(stages, steps_each), NaiveStream(shards)
     with TemporaryDirectory() as folder:
         write_shards(Path(folder), shards)
@@ -216,6 +237,26 @@ def test_rows_like_those_of_fineweb_fit_the_capacity(tokens, longest):
         lengths = np.minimum(rng.lognormal(np.log(400), 1, 4 * capacity).astype(int) + 1, longest)
         documents = int(np.searchsorted(np.cumsum(lengths), tokens)) + 1
         assert capacity / 6 < documents < capacity
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_touched_are_the_ngrams_that_each_ranks_row_reads(tmp_path, world_size):
+    """Catches: rows of the table left out, whose gradient would be lost, those of the step in the background, a rank's
+    own rows alone; an exchange where ranks add up the gradients of several rows."""
+    data_dir = write_shards(tmp_path, [text_like(3000, seed=0).tolist()])
+    track = track_with([(6, 9), (20, 9)], steps_each=3, rows=world_size)
+    loaders = [Loader(track, data_dir, cpu(rank=rank, world_size=world_size)) for rank in range(world_size)]
+    for step in range(6):
+        read = [set(row.ngram_rows.flatten().tolist()) for loader in loaders for row in loader.next(step)]
+        for loader in loaders:
+            assert loader.touched.shape == (world_size, MODEL.ngram_rows)
+            assert [set(np.flatnonzero(rows).tolist()) for rows in loader.touched] == read
+    several = track_with([(6, 9)], steps_each=3, rows=2 * world_size)
+    without = replace(track, model=replace(MODEL, ngrams=()))
+    for track, ranks in ((several, world_size), (without, world_size), (track_with([(6, 9)], 3, rows=1), 1)):
+        loader = Loader(track, data_dir, cpu(world_size=ranks))
+        loader.next(0)
+        assert loader.touched is None
 
 
 def test_more_documents_than_the_static_capacity_still_make_a_right_row(tmp_path):
@@ -441,7 +482,8 @@ def test_a_shard_is_known_by_what_is_recorded_until_it_changes(tmp_path):
 def test_validation_predicts_the_first_val_tokens_once_each(shards, part, val_row, world_size):
     """Catches: tokens left out or counted twice at row or shard ends, rows aligned to BOS, a last row dropped, ranks
     that see the same rows, attention across documents, a target taken from the wrong place, a max_seqlen that differs
-    between rows (a graph each), or that is the length of a row (attention launches blocks for all of it)."""
+    between rows (a graph each), or that is the length of a row (attention launches blocks for all of it), n-grams
+    that reach before the first token of a row or document."""
     stream = [token for tokens in shards for token in tokens]
     assume(len(stream) > 1)
     val_tokens = max(1, int(part * (len(stream) - 1)))
@@ -466,6 +508,7 @@ def test_validation_predicts_the_first_val_tokens_once_each(shards, part, val_ro
         cu = row.cu_seqlens.tolist()
         assert cu[: len(starts)] == starts and set(cu[len(starts) :]) == {n}
         assert max(np.diff(cu)) <= row.max_seqlen
+        check_ngrams(row, [row.inputs[a:b].tolist() for a, b in pairwise([*starts, n])], n)
 
 
 def test_too_few_validation_tokens_are_counted_in_the_message(tmp_path):
@@ -499,3 +542,28 @@ def test_a_damaged_shard_is_refused_or_still_a_shard(tmp_path, count):
         assert header.tolist() == [20240520, 1, len(tokens)] and tokens.max() < 257
         assert bounds.tolist() == [*np.flatnonzero(tokens == BOS), len(tokens)]
     assert refused > count // 2
+
+
+@given(st.lists(st.text("ab", max_size=5).map(str.encode), max_size=12))
+def test_the_prefix_of_a_token_is_the_longest_other_that_it_begins_with(tokens):
+    """Catches: a token that is its own prefix, an empty one (BOS) that all begin with, the shortest instead of the
+    longest. Of several tokens with the same bytes, none of which is a prefix of the other, the last counts."""
+    expected = []
+    for token in tokens:
+        longest = -1
+        for i, other in enumerate(tokens):
+            proper = 0 < len(other) < len(token) and token.startswith(other)
+            if proper and (longest < 0 or len(other) >= len(tokens[longest])):
+                longest = i
+        expected.append(longest)
+    assert prefix_tokens(tokens) == expected
+
+
+def test_the_bytes_of_tokens_are_read_and_their_prefixes_put_into_the_model(tmp_path):
+    """Catches: lengths read as offsets, a prefix for BOS or for the padding of the vocabulary."""
+    write_token_bytes(tmp_path)
+    tokens = read_token_bytes(tmp_path, 257)
+    assert tokens == [*(str(i).encode() for i in range(256)), b""]
+    model = train_gpt.GPT(replace(MODEL, num_heads=2, head_dim=8), cpu())
+    model.set_prefixes(tokens)
+    assert model.prefix.tolist() == [-1] * 10 + [i // 10 for i in range(10, 256)] + [-1] * 16

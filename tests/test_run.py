@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import torch
 import tqdm.std
-from conftest import BOS, REPO, cpu, documents, run_process, tiny_options, tiny_track, write_shard
+from conftest import BOS, REPO, cpu, documents, run_process, tiny_options, tiny_track, write_shard, write_token_bytes
 
 import train_gpt
-from train_gpt import Options, Row, Trainer, train
+from train_gpt import Options, Row, Trainer, make_row, train
 
 LINE = re.compile(
     r"step:(?P<step>\d+)/(?P<total>\d+) ((?P<kind>val_loss|train_loss):(?P<loss>\d+\.\d{4}) )?"
@@ -44,6 +44,8 @@ def assert_same(a, b, path: str = "state") -> None:
 
 
 def steps(trainer: Trainer, begin: int, end: int) -> list[float]:
+    """Losses of these steps, trained as in a run whose clock has just started."""
+    trainer.find_prefixes()
     return [trainer.train_step(step).item() for step in range(begin, end)]
 
 
@@ -72,16 +74,18 @@ def lines_of(log: str) -> list[re.Match]:
 @pytest.mark.parametrize(("dtype", "stop"), [(torch.float32, 20), (torch.bfloat16, 20), (torch.float32, 7)])
 def test_a_run_with_warm_up_equals_one_without(tiny_data, dtype, stop):
     """Catches: anything that the warm-up leaves behind: weights, momenta, low halves, gradients waiting for Adam, the
-    loader's place or its prefetch, a tied embedding, the random generator. Bit for bit, over the whole run."""
+    loader's place or its prefetch, a tied embedding, the random generator, prefixes found off the clock. Bit for bit,
+    over the whole run."""
     plain, warmed = (Trainer(few_rows(), cpu(dtype), tiny_data, seed=5) for _ in range(2))
     torch.rand(3)
     generator = torch.get_rng_state()
     warmed.warm_up(stop)
     assert torch.equal(torch.get_rng_state(), generator)
-    assert all(p.grad is None for p in warmed.params.values())
+    assert all(p.grad is None for p in warmed.params.values()) and (warmed.model.prefix == -1).all()
     assert_same(dict(warmed.model.named_parameters()), dict(plain.model.named_parameters()))
     assert steps(warmed, 0, stop) == steps(plain, 0, stop)
     assert_same(warmed.state(), plain.state())
+    assert torch.equal(warmed.model.prefix, plain.model.prefix) and (plain.model.prefix >= 0).any()
     settings = plain.track.validation_at(stop)
     assert warmed.validate(settings) == plain.validate(settings)
 
@@ -108,6 +112,7 @@ def test_the_warm_up_needs_no_more_data_than_the_run(tmp_path):
     exact = replace(exact, schedule=replace(exact.schedule, stages=stages, extension=stages[-1]))
     lengths = [exact.at(step).stage.tokens // 2 + 1 for step in range(4) for _ in range(2)]
     write_shard(tmp_path / "x_train_000001.bin", documents(lengths))
+    write_token_bytes(tmp_path)
     run(exact, tmp_path / "cold", tmp_path, warmup=False)
     run(exact, tmp_path / "warm", tmp_path, warmup=True)
 
@@ -120,7 +125,7 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(tiny_data):
     assert steps(again, 0, 8) == losses
     assert_same(first.state() | {"rng": None}, again.state() | {"rng": None})
     assert steps(other, 0, 8) != losses
-    for name in ("head", "attn_bank", "mlp_bank"):
+    for name in ("head", "qk_bank", "vo_bank", "mlp_bank"):
         assert not torch.equal(first.params[name], other.params[name])
 
 
@@ -311,6 +316,7 @@ def test_validation_comes_every_so_many_steps_and_at_the_end(whole_log, tiny_dat
 def test_the_logged_losses_are_those_of_the_steps(whole_log, tiny_data):
     """Catches: a mean over the wrong steps or rows; a validation before or after the update it is logged for."""
     trainer, track = Trainer(few_rows(), cpu(), tiny_data, seed=11), few_rows()
+    trainer.find_prefixes()
     losses, validations = [], {}
     for step in range(21):
         if step in (0, 8, 16, 20):
@@ -326,6 +332,22 @@ def test_the_logged_losses_are_those_of_the_steps(whole_log, tiny_data):
         elif line["kind"] == "val_loss":
             assert float(line["loss"]) == pytest.approx(validations[step], abs=6e-5)
     assert begin == 20
+
+
+def test_without_the_prefix_loss_no_bytes_of_tokens_are_needed(tiny_data, tmp_path):
+    """Catches: an option that the log hides, that leaves the weights of the loss on, or turns on with any stage."""
+    data = tmp_path / "data"
+    shutil.copytree(tiny_data, data, ignore=shutil.ignore_patterns("tokens.bin"))
+    track = replace(few_rows(), prefix_loss=False)
+    settings, log = run(track, tmp_path / "logs", data).split("=" * 100)[-2:]
+    assert "\nprefix_loss: False\n" in settings
+    off = [replace(stage, prefix_weight=(0.0, 0.0)) for stage in track.schedule.stages]
+    by_weights = steps(Trainer(few_rows(stages=tuple(off)), cpu(), data, seed=0), 0, 20)
+    with_them = steps(Trainer(few_rows(), cpu(), tiny_data, seed=0), 0, 20)
+    logged = [float(loss) for loss in re.findall(r"train_loss:(\S+)", log)]
+    count = 20 // len(logged)
+    assert logged == pytest.approx([np.mean(by_weights[i : i + count]) for i in range(0, 20, count)], abs=6e-5)
+    assert by_weights[0] == with_them[0] and by_weights[4] != with_them[4]
 
 
 def reduced(track: train_gpt.Track) -> train_gpt.Track:
@@ -424,7 +446,9 @@ def test_validation_is_the_mean_cross_entropy_of_the_stream(tiny_data):
             n = len(tokens) - 1
             starts = [0] + [i for i in range(1, n) if tokens[i] == BOS] + [n]
             inputs = torch.from_numpy(tokens[:-1].copy())
-            row = Row(inputs, torch.from_numpy(tokens[1:].copy()), torch.tensor(starts, dtype=torch.int32), n)
+            ngrams = make_row(tokens, np.array(starts[:-1]), n, track.model)[-2:]  # see test_loader.py
+            cu_seqlens = torch.tensor(starts, dtype=torch.int32)
+            row = Row(inputs, torch.from_numpy(tokens[1:].copy()), cu_seqlens, n, *ngrams)
             logits = trainer.model.logits(row, settings).numpy()
             log_probs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
             total -= log_probs[np.arange(n), tokens[1:]].sum()
@@ -597,8 +621,8 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_its_log(command, tiny_
         ("--model.head-dim 6", ("head_dim 6", "multiple of 4")),
         ("--model.num-heads 3", ("num_heads 3", "even")),
         ("--model.skips 3 1", ("later layer",)),
-        ("--model.second-embed 2 0", (r"second-embed: found \(2, 0\)", "from 1 to")),
-        ("--model.gate-dim 17", ("gate_dim 17", "width 16")),
+        ("--model.ngrams 2 0", (r"ngrams: found \(2, 0\)", "from 1 to")),
+        ("--model.gate-dim 18", ("gate_dim 18", "width 16")),
     ],
 )
 def test_numbers_that_cannot_work_are_refused_in_a_sentence(command, tiny_data, words, parts):

@@ -10,7 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import BOS, REPO, cpu, documents, tiny_options, tiny_track, write_shard, write_tiny_data
+from conftest import (
+    BOS,
+    REPO,
+    cpu,
+    documents,
+    tiny_options,
+    tiny_track,
+    write_shard,
+    write_tiny_data,
+    write_token_bytes,
+)
 
 import train_gpt
 from train_gpt import (
@@ -39,7 +49,9 @@ NUMBERS = [
     ("--target-loss nan", "--target-loss: found nan, expected a finite number"),
     # the model
     ("--model.num-layers 0", "--model.num-layers: found 0"),
-    ("--model.num-heads 3", "num_heads 3 even"),
+    ("--model.num-heads 3", "num_heads 3 a multiple of qk_heads 2 and, in pairs, even"),
+    ("--model.num-heads 3 --model.qk-heads 3", "num_heads 3 a multiple of qk_heads 3 and, in pairs, even"),
+    ("--model.qk-heads 0", "--model.qk-heads: found 0, expected at least 1"),
     ("--model.num-heads -2", "--model.num-heads: found -2"),
     ("--model.head-dim 6", "head_dim 6 a multiple of 4"),
     ("--model.head-dim 0", "--model.head-dim: found 0"),
@@ -52,21 +64,29 @@ NUMBERS = [
     ("--model.vocab-multiple 999999999", "--model.vocab-multiple: found 999999999"),
     ("--model.num-heads 1000000", "out of memory: the model is too large for this machine"),
     ("--model.gate-dim 0", "--model.gate-dim: found 0"),
-    ("--model.gate-dim 17", "gate_dim 17 is larger than the width 16"),
+    ("--model.gate-dim 18", "gate_dim 18: expected an even number up to the width 16"),
+    ("--model.gate-dim 11", "gate_dim 11: expected an even number up to the width 16"),
+    ("--model.network-width 0", "--model.network-width: found 0"),
     ("--model.without-attention -1", "--model.without-attention: found (-1,)"),
     ("--model.paired-layers -1", "--model.paired-layers: found (-1,)"),
     ("--model.long-layers 1 -3", "--model.long-layers: found (1, -3)"),
-    ("--model.backout-layer -1", "--model.backout-layer: found -1"),
-    ("--model.value-embeds 0 -1", "--model.value-embeds: found ((0, -1),)"),
-    ("--model.value-embeds -1 0", "--model.value-embeds: found ((-1, 0),)"),
-    ("--model.value-embeds 0 0 0 1 1 1", "a layer can have one table only"),
+    ("--model.dc-layers 0", "dc_layers (0,): heads in pairs cannot be composed"),
+    ("--model.dc-window 0", "--model.dc-window: found 0"),
+    ("--model.value-layers 0 -1", "--model.value-layers: found (0, -1)"),
+    ("--model.value-std -1", "--model.value-std: found -1.0"),
+    ("--model.late-input -1", "--model.late-input: found -1"),
+    ("--model.second-gates -1", "--model.second-gates: found -1"),
+    ("--model.mix-in first outside", "unknown stream 'outside': expected x0, ngram, first, last, outI or valueI"),
+    ("--model.mix-out out 0", "unknown stream 'out': expected"),
+    ("--model.mix-out first nan", "--model.mix-out: found (('first', nan),), expected a finite number"),
     ("--model.skips 3 1", "must lead to a later layer"),
     ("--model.skips -1 2", "--model.skips: found ((-1, 2),)"),
-    ("--model.second-embed 2 0", "--model.second-embed: found (2, 0), expected from 1"),
-    ("--model.second-embed 1000000000", "--model.second-embed: found (1000000000,), expected from 1 to 1,024"),
-    ("--model.second-embed-rows 0", "--model.second-embed-rows: found 0"),
-    ("--model.second-embed-lambda nan", "--model.second-embed-lambda: found nan"),
-    ("--model.resid-lambda inf", "--model.resid-lambda: found inf, expected a finite number"),
+    ("--model.ngrams 2 0", "--model.ngrams: found (2, 0), expected from 1"),
+    ("--model.ngrams 1000000000", "--model.ngrams: found (1000000000,), expected from 1 to 1,024"),
+    ("--model.ngram-rows 0", "--model.ngram-rows: found 0"),
+    ("--model.ngram-signs -1", "--model.ngram-signs: found -1"),
+    ("--model.ngram-std -1", "--model.ngram-std: found -1.0"),
+    ("--model.ngram-weight nan", "--model.ngram-weight: found nan, expected a finite number"),
     # the optimizer
     ("--optimizer.muon-lr nan", "--optimizer.muon-lr: found nan, expected a finite number"),
     ("--optimizer.muon-lr inf", "--optimizer.muon-lr: found inf"),
@@ -81,7 +101,8 @@ NUMBERS = [
     ("--optimizer.rules.head.wd-mul -1", "--optimizer.rules.head.wd-mul: found -1.0"),
     ("--optimizer.rules.head.lr-mul nan", "--optimizer.rules.head.lr-mul: found (nan,)"),
     ("--optimizer.rules.head.lr-mul", "--optimizer.rules.head.lr-mul (): expected one number"),
-    ("--optimizer.rules.attn-bank.lr-mul", "--optimizer.rules.attn-bank.lr-mul (): expected one number"),
+    ("--optimizer.rules.qk-bank.lr-mul", "--optimizer.rules.qk-bank.lr-mul (): expected one number"),
+    ("--optimizer.rules.pre.lr-mul 1 2", "--optimizer.rules.pre.lr-mul (1.0, 2.0): expected one number"),
     ("--optimizer.rules.head.lr-mul 1 2", "--optimizer.rules.head.lr-mul (1.0, 2.0): expected one number"),
     ("--optimizer.rules.mlp-bank.kind adam", "--optimizer.rules.mlp-bank.lr-mul (1.0, 2.0)"),
     ("--optimizer.rules.embed.kind normuon", "--optimizer.rules.embed.kind normuon is for banks of matrices"),
@@ -125,6 +146,8 @@ NUMBERS = [
     ("--schedule.stages.0.prediction-weights 0 0 1 1", "the first must be above 0"),
     ("--schedule.stages.0.prediction-weights 1 nan", "--schedule.stages.0.prediction-weights: found ((1.0, nan),)"),
     ("--schedule.stages.0.prediction-weights 1 1 -1 0", "--schedule.stages.0.prediction-weights: found"),
+    ("--schedule.stages.0.prefix-weight 0 -1", "--schedule.stages.0.prefix-weight: found (0.0, -1.0)"),
+    ("--schedule.stages.0.prefix-weight nan 0", "--schedule.stages.0.prefix-weight: found (nan, 0.0)"),
     # what this machine lacks
     ("--attention FA3", "--attention FA3 needs CUDA"),
     ("--attention FA2", "--attention FA2 needs CUDA"),
@@ -148,7 +171,9 @@ OPTIONS = [
     ("--optimizer.polar-express-rounds 6", "--optimizer.polar-express-rounds"),
     ("--schedule.stages.0.windows 4", "--schedule.stages.0.windows"),
     ("--schedule.stages.9.tokens 4", "--schedule.stages.9.tokens"),
-    ("--model.value-embeds 0", "--model.value-embeds"),
+    ("--model.skips 0", "--model.skips"),
+    ("--schedule.stages.0.prefix-weight 1", "--schedule.stages.0.prefix-weight"),
+    ("--model.value-embeds 0 0", "--model.value-embeds"),
     ("small", "small"),
 ]
 
@@ -296,6 +321,30 @@ def test_a_folder_without_shards_is_named(refused, tmp_path, splits, said):
     assert expected in refused("--data-dir", str(folder))
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            lambda path: path.unlink(),
+            "cannot be read (No such file or directory), and prefixes of tokens are",
+        ),
+        (replaced_by_a_folder, "cannot be read (Is a directory)"),
+        (lambda path: rewrite(path, lambda data: b""), "not the bytes of 257 tokens"),
+        (lambda path: rewrite(path, lambda data: data[:101]), "not the bytes of 257 tokens"),
+        (lambda path: rewrite(path, lambda data: data[:-1]), "not the bytes of 257 tokens"),
+        (lambda path: rewrite(path, lambda data: data + b"x"), "not the bytes of 257 tokens"),
+        (lambda path: write_token_bytes(path.parent, 256), "not the bytes of 257 tokens"),
+        (lambda path: write_token_bytes(path.parent, 50_257, 50_256), "not the bytes of 257 tokens"),
+    ],
+)
+def test_bytes_of_tokens_that_are_missing_or_of_others_are_refused(refused, tmp_path, change, said):
+    """Catches: prefixes of another vocabulary learnt in silence, a loss left out because its file is not there."""
+    path = write_tiny_data(tmp_path / "data") / "tokens.bin"
+    change(path)
+    message = refused("--data-dir", str(tmp_path / "data"))
+    assert f"{path}: {said}" in message and "or train with --no-prefix-loss" in message
+
+
 # ---- checkpoints ----
 
 
@@ -359,15 +408,16 @@ def test_processes_that_cannot_share_the_rows_are_refused(tiny_data, world_size)
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf, -1])
 def test_no_number_of_a_track_or_run_may_be_nan_infinite_or_negative(wrong):
-    """Catches: a field added later that takes what trains on NaN or in reverse. The two weights of the residual
-    stream may be negative."""
+    """Catches: a field added later that takes what trains on NaN or in reverse. Weights of a stream may be
+    negative."""
     spoil = lambda value: (*value[:-1], spoil(value[-1])) if type(value) is tuple else wrong
     options = Options(max_steps=1, loss_chunk=16)
     values = {key: value for track in TRACKS.values() for key, value in flatten(track).items()} | flatten(options)
     numbers = {key: value for key, value in values.items() if type(value) in (int, float, tuple) and value != ()}
+    del numbers["model.mix_in"]  # names of streams alone
     assert len(numbers) > 100
     for key, value in numbers.items():
-        if wrong == -1 and key in ("model.resid_lambda", "model.second_embed_lambda"):
+        if wrong == -1 and key in ("model.ngram_weight", "model.mix_out"):
             continue
         with pytest.raises(SpeedrunError, match=f"--{key.replace('_', '-')}: found"):
             check_ranges({key: spoil(value)})

@@ -13,10 +13,9 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parents[2]
 sys.path[0] = str(REPO)  # instead of this folder: torch, too, imports Python's own module of the name `profile`
 
-import torch  # noqa: E402
 from torch.profiler import ProfilerActivity, profile, record_function  # noqa: E402
 
-from tests.benchmarks.step import synthetic_row  # noqa: E402
+from tests.benchmarks.step import loss_weights, synthetic_row  # noqa: E402
 from train_gpt import GPT, SMALL, Optimizer, Options, Runtime  # noqa: E402
 
 
@@ -36,13 +35,13 @@ def main() -> None:
     optimizer = Optimizer(dict(model.named_parameters()), SMALL.optimizer, runtime)
     tokens = args.tokens or settings.stage.tokens // SMALL.data.rows_per_step
     rows = [synthetic_row(SMALL, tokens, settings.stage.max_doc_len, runtime, seed) for seed in range(args.rows)]
-    weights = torch.tensor(settings.prediction_weights, device=runtime.device)
+    weights, prefixes = loss_weights(settings, runtime)
 
     def step() -> None:
         head8 = model.fp8_head()
         for row in rows:
             with record_function("forward"):
-                loss = model(row, settings, weights, head8)[0] / SMALL.data.rows_per_step
+                loss = model(row, settings, weights, prefixes, head8)[0] / SMALL.data.rows_per_step
             with record_function("backward"):
                 loss.backward()
         with record_function("optimizer"):

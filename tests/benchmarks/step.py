@@ -70,7 +70,14 @@ def synthetic_row(track: Track, tokens: int, max_doc_len: int, runtime: Runtime,
     starts = starts[starts < tokens]
     body = rng.integers(0, track.data.bos, tokens + 1)
     body[starts] = track.data.bos
-    return make_row(body, starts, min(max_doc_len, tokens), pin=False).to(runtime)
+    return make_row(body, starts, min(max_doc_len, tokens), track.model).to(runtime)
+
+
+def loss_weights(settings: Settings, runtime: Runtime) -> tuple[torch.Tensor, bool]:
+    """What the model takes of them: the weights, and whether the last is that of prefixes."""
+    prefixes = settings.prefix_weight > 0
+    values = settings.prediction_weights + (settings.prefix_weight,) * prefixes
+    return torch.tensor(values, device=runtime.device), prefixes
 
 
 def row_flops(track: Track, row: Row, settings: Settings) -> float:
@@ -78,11 +85,14 @@ def row_flops(track: Track, row: Row, settings: Settings) -> float:
     c, T = track.model, len(row.inputs)
     matrices = 4 * c.width**2 * sum(layer.attention is not None for layer in c.layers)
     matrices += 2 * c.mlp_ratio * c.width**2 * c.num_layers + c.width * c.padded_vocab
+    matrices += sum(c.network_width * (c.width + sum(o.width for o in n.outputs)) for n in c.networks if n.reads)
     starts = row.cu_seqlens.cpu().numpy()
     position = np.arange(T) - starts[np.searchsorted(starts, np.arange(T), side="right") - 1]
     attended = 0
-    for layer in c.layers:
+    for i, layer in enumerate(c.layers):
         if layer.attention is not None:
+            if i in c.dc_layers:
+                attended += np.minimum(position + 1, c.dc_window).sum()
             window = settings.windows[layer.long]
             if layer.paired:  # 2T positions of half the heads
                 pairs = np.concatenate((2 * position, 2 * position + 1))
@@ -96,6 +106,7 @@ def time_steps(track: Track, options: argparse.Namespace, runtime: Runtime) -> l
     """One result per stage and for the extension."""
     torch.manual_seed(0)
     model = GPT(track.model, runtime)
+    model.prefix.copy_(torch.arange(len(model.prefix)) // 10)  # any: a prefix costs the same
     params = dict(model.named_parameters())
     optimizer = Optimizer(params, track.optimizer, runtime)
     rate = matmul_rate(runtime, options.repeats)
@@ -107,12 +118,12 @@ def time_steps(track: Track, options: argparse.Namespace, runtime: Runtime) -> l
         settings = track.at(step)
         tokens = options.tokens or settings.stage.tokens // track.data.rows_per_step
         rows = [synthetic_row(track, tokens, settings.stage.max_doc_len, runtime, seed) for seed in range(options.rows)]
-        weights = torch.tensor(settings.prediction_weights, device=runtime.device)
+        weights, prefixes = loss_weights(settings, runtime)
 
-        def train(rows=rows, settings=settings, weights=weights) -> None:
+        def train(rows=rows, settings=settings, weights=weights, prefixes=prefixes) -> None:
             head8 = model.fp8_head()
             for row in rows:
-                (model(row, settings, weights, head8)[0] / track.data.rows_per_step).backward()
+                (model(row, settings, weights, prefixes, head8)[0] / track.data.rows_per_step).backward()
             model.hand_over_table_gradients()
 
         began = time.perf_counter()
@@ -169,7 +180,9 @@ def time_kernels(track: Track, options: argparse.Namespace, runtime: Runtime) ->
         times = ", ".join(f"{variant} {1000 * value:.3f} ms" for variant, value in median.items())
         print(f"{name:45} {times}   " + ", ".join(f"{ratio:.2f}x {other}" for other, ratio in ratios.items()))
 
-    for n, r, c in ((40, d, d), (22, d, hidden), (4, hidden, d)):
+    layers, heads = len(track.model.attention_layers), track.model.qk_heads
+    qk = 2 * track.model.num_heads // heads * layers, heads * track.model.head_dim, d
+    for n, r, c in (qk, (2 * layers, d, d), (2 * track.model.num_layers, d, hidden), (4, hidden, d)):
         X, A = random(n, r, c), random(n, r, r)
         ours = {"kernel": lambda X=X: train_gpt.symmetric_product(X, fused=True)} if fused else {}
         report(f"X X^T ({n}, {r}, {c})", ours | {"torch": lambda X=X: X @ X.mT})
