@@ -1588,7 +1588,7 @@ class Optimizer:
         """
         self._expected, self._missing, self._late = self._updates(settings), set(self.params), set(late)
         for name, rows in (touched or {}).items():
-            if rows is not None and len(rows[0]) % len(rows) == 0:
+            if rows is not None and self.rules[name].sharded and len(rows[0]) % len(rows) == 0:
                 self._touched[name] = rows | self._touched.get(name, False)
 
     def _gradient_arrived(self, arrived: str, _: Tensor) -> None:
@@ -1778,14 +1778,14 @@ class Coefficients(nn.Module):
         for name, value in weights.items():
             self.register_parameter(name, nn.Parameter(value.to(runtime.device, dtype)))
 
-    def forward(self, x: Tensor, gate_scale: Tensor | None) -> dict[Output, Tensor]:
+    def forward(self, x: Tensor, gate_scale: Tensor | None) -> Iterable[tuple[Output, Tensor]]:
         """Coefficients (T, width), or where nothing is read (width,). x (T, d) is the stream that is read."""
         values, scale = self.bias.to(x.dtype), self.layout.scale
         if self.layout.reads is not None:
             values = F.linear(F.gelu(F.linear(x, self.w1)), self.w2, values)
             values = values * (gate_scale.to(x.dtype) if scale is None else scale)
         widths = [output.width for output in self.layout.outputs]
-        return dict(zip(self.layout.outputs, values.split(widths, dim=-1), strict=True))
+        return zip(self.layout.outputs, values.split(widths, dim=-1), strict=True)
 
 
 class Streams:
@@ -1793,7 +1793,7 @@ class Streams:
 
     def __init__(self, model: GPT, x0: Tensor):
         self.model, self.streams = model, {}
-        self.coefficients: dict[Output, Tensor] = {}
+        self.coefficients: dict[tuple[str, int], list[tuple[str, Tensor]]] = {}  # by role and layer, with the source
         self.reach(None, x0)  # what reads nothing
         self.reach("x0", x0)
 
@@ -1802,21 +1802,23 @@ class Streams:
         self.streams[name] = x
         for network in self.model.networks:
             if network.layout.reads == name:
-                self.coefficients |= network(x, getattr(self.model, "gate_scale", None))
+                for output, value in network(x, getattr(self.model, "gate_scale", None)):
+                    self.coefficients.setdefault((output.role, output.layer), []).append((output.source, value))
 
     def coefficient(self, role: str, layer: int) -> Tensor | None:
         """(T, width), or (width,) for all tokens; None where the layout has none."""
-        return next((value for output, value in self.coefficients.items() if output[:2] == (role, layer)), None)
+        found = self.coefficients.get((role, layer))
+        return found and found[0][1]
 
     def merge(self, x: Tensor, y: Tensor, part: str, layer: int) -> Tensor:
         """The stream x and what attention or the MLP makes of it, weighed. (T, d)"""
-        return torch.addcmul(self.coefficient(f"{part}_resid", layer) * x, self.coefficient(f"{part}_branch", layer), y)
+        resid, branch = (self.coefficient(f"{part}_{what}", layer) for what in ("resid", "branch"))
+        return torch.addcmul(resid * x, branch, y)
 
     def add(self, x: Tensor, role: str, layer: int, factor: Tensor | float = 1.0) -> Tensor:
         """x and all streams that have this role in the layer, each times its coefficient and the factor."""
-        for output, weight in self.coefficients.items():
-            if output[:2] == (role, layer):
-                x = torch.addcmul(x, factor * weight, self.streams[output.source])
+        for source, weight in self.coefficients.get((role, layer), ()):
+            x = torch.addcmul(x, factor * weight, self.streams[source])
         return x
 
 

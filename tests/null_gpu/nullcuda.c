@@ -787,3 +787,6 @@ EXPORT int ncclReduceScatter(const void *from, void *to, size_t n, int type) {
 EXPORT int ncclAllGather(const void *from, void *to, size_t n, int type) { return collective("all_gather", n, type); }
 EXPORT int ncclBroadcast(const void *from, void *to, size_t n, int type) { return collective("broadcast", n, type); }
 EXPORT int ncclBcast(void *p, size_t n, int type) { return collective("broadcast", n, type); }
+EXPORT int ncclAlltoAll(const void *from, void *to, size_t n, int type) { return collective("all_to_all", n, type); }
+EXPORT int ncclSend(const void *from, size_t n, int type) { return collective("send", n, type); }
+EXPORT int ncclRecv(void *to, size_t n, int type) { return collective("receive", n, type); }
