@@ -166,7 +166,7 @@ class Day:
 
 def sibling_losses(device: str, dtype: str, out: Path) -> list[float]:
     """60 training losses of a sibling of `small` with every technique, on bytes that are the same everywhere."""
-    from conftest import text_like, write_shard
+    from conftest import text_like, write_shard, write_token_bytes
 
     from sibling import scaled
     from train_gpt import SMALL, Options, Runtime, Trainer
@@ -174,6 +174,7 @@ def sibling_losses(device: str, dtype: str, out: Path) -> list[float]:
     folder = out / "sibling"
     write_shard(folder / "x_train_000001.bin", text_like(1_500_000, seed=1, longest=900))
     write_shard(folder / "x_val_000000.bin", text_like(5_000, seed=9, longest=900))
+    write_token_bytes(folder)
     track = scaled(SMALL, Fraction(1, 3), Fraction(1, 2))
     shorter = lambda stage: replace(stage, tokens=stage.tokens // 64)
     stages, extension = tuple(map(shorter, SMALL.schedule.stages)), shorter(SMALL.schedule.extension)
@@ -181,6 +182,7 @@ def sibling_losses(device: str, dtype: str, out: Path) -> list[float]:
     data = replace(track.data, bos=256, val_tokens=4096, val_row_tokens=4096)
     track = replace(track, model=replace(track.model, vocab_size=257), schedule=schedule, data=data)
     trainer = Trainer(track, Runtime.create(Options(device=device, dtype=dtype)), folder, seed=0)
+    trainer.find_prefixes()
     return [float(trainer.train_step(step).detach()) for step in range(60)]
 
 
