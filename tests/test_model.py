@@ -443,7 +443,7 @@ def test_validation_over_slices_equals_the_whole_row():
 # ---- what no token may know ----
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "xl"])  # that one is a deeper `medium`
 def test_a_future_token_never_changes_a_logit(name):
     """Causality through every path: paired and composed heads, smear, key offset, n-grams, networks. Bit for bit."""
     config = CONFIGS[name]
@@ -456,7 +456,7 @@ def test_a_future_token_never_changes_a_logit(name):
         assert not torch.equal(before[changed], after[changed])
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "xl"])  # that one is a deeper `medium`
 def test_another_document_changes_nothing_but_what_smear_and_key_offset_let_across(name):
     """Two things may come across a document's start, and nothing else, n-grams least of all:
 
