@@ -1,6 +1,6 @@
 """Makes the golden numbers anew, with which tests compare train_gpt.py: `python tests/make_golden.py`.
 
-front_model.npz and front_optimizer.npz hold inputs (weights, tokens, gradients), which stay, and what the naive
+golden_model.npz and golden_optimizer.npz hold inputs (weights, tokens, gradients), which stay, and what the naive
 float64 formulas of reference.py make of them. Both came with the results of an implementation by other hands. Where the
 reference makes other ones, they are named and nothing is written, unless `--moved` says that it was changed on purpose.
 On one machine the same code writes the same bytes; on others the last digits may differ (sums in another order, another
@@ -42,7 +42,7 @@ CASE_INPUTS = ("windows", "prediction_weights", "prefix_weight")
 
 
 def is_weight(name: str) -> bool:
-    """Whether front_model.npz has a weight under this name. The signs are fixed, but enter as weights do."""
+    """Whether golden_model.npz has a weight under this name. The signs are fixed, but enter as weights do."""
     return name not in NO_WEIGHTS and not name.startswith(("case", "hash_"))
 
 
@@ -120,7 +120,7 @@ def optimizer_results(data: dict[str, Tensor]) -> dict[str, object]:
 
 # ---- the files ----
 
-FILES = {"front_model.npz": model_results, "front_optimizer.npz": optimizer_results}
+FILES = {"golden_model.npz": model_results, "golden_optimizer.npz": optimizer_results}
 
 
 def load(name: str) -> Arrays:

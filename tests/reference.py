@@ -32,19 +32,28 @@ class Layout:
     head_dim: int
     no_attention: tuple[int, ...]  # layers with an MLP only
     paired: tuple[int, ...]  # layers whose heads h and h + H/2 share one sequence
-    long: tuple[int, ...]  # layers with the long window, the partial key offset and, from a network, attention gates
+    long: tuple[int, ...]  # layers with the long window and the partial key offset
     value_tables: tuple[int, ...]  # layers with a value-embedding table, each with its own
+    gated: tuple[int, ...] = ()  # layers with a gate for each head
     xsa: tuple[int, ...] = ()  # layers in which each head's output loses its part along the token's own value
-    post_layer: int | None = (
-        None  # G_post reads its input and serves it and all after; G_pre, which reads x0, the others
-    )
-    skip: tuple[int, int] | None = None  # (layer whose output, layer into whose input)
-    late_input: int | None = None  # the attention of all layers after this one reads this one's output
-    mudd: int | None = None  # the layer of M_in, DC, v_add and the recombined stream
+    dc: tuple[int, ...] = ()  # layers in which all heads attend once more, each with the same mix of all heads' weights
     dc_window: int = 112  # positions of DC's second softmax, the query's own included
+    gate_networks: bool = True  # gates and coefficients are computed from the stream; else they are learned numbers
+    post_layer: int | None = None  # G_post reads its input, serves it and all after; G_pre, which reads x0, the others
+    skips: tuple[tuple[int, int], ...] = ()  # (layer whose output, layer into whose input)
+    late_input: int | None = None  # the attention of all layers after this one reads this one's output
+    mix_in: tuple[str, ...] = ()  # streams that M_in, where there are any, adds to the last layer's values and input
+    mix_out: tuple[str, ...] = ()  # streams that M_out adds to the last layer's output
     smear: bool = True
+    key_offset: bool = True
     ngrams: tuple[int, ...] = (2,)  # n: the last n tokens have an embedding; summed over these
     normed_ngrams: bool = False  # RMSNorm of that sum
+    qk_heads: int = 2  # adjacent heads in one matrix of Wq or Wk
+
+    @property
+    def mixing(self) -> int | None:
+        """The layer of M_in."""
+        return self.num_layers - 1 if self.mix_in else None
 
 
 SMALL = Layout(
@@ -55,11 +64,14 @@ SMALL = Layout(
     paired=(0, 2, 5, 9),
     long=(3, 10),
     value_tables=(1, 2, 8, 9, 10),
+    gated=(3, 10),
     xsa=(1, 3, 4, 7),
+    dc=(10,),
     post_layer=4,
-    skip=(3, 6),
+    skips=((3, 6),),
     late_input=7,
-    mudd=10,
+    mix_in=("first", "out7", "last"),
+    mix_out=("first", "out7", "last", "value1", "out3"),
 )
 MEDIUM = Layout(
     num_layers=16,
@@ -69,11 +81,14 @@ MEDIUM = Layout(
     paired=(0, 3, 8, 14),
     long=(4, 10, 15),
     value_tables=(2, 3, 12, 14, 15),
+    gated=(4, 10, 15),
     xsa=(2, 4, 6, 10),
+    dc=(15,),
     post_layer=6,
-    skip=(4, 9),
+    skips=((4, 9),),
     late_input=10,
-    mudd=15,
+    mix_in=("first", "out10", "last"),
+    mix_out=("first", "out10", "last", "value2", "out4"),
 )
 XL = Layout(
     num_layers=52,
@@ -83,11 +98,14 @@ XL = Layout(
     paired=(0, 10, 26, 46),
     long=(15, 33, 51),
     value_tables=(5, 10, 41, 46, 51),
+    gated=(15, 33, 51),
     xsa=(5, 15, 20, 36),
+    dc=(51,),
     post_layer=20,
-    skip=(15, 31),
+    skips=((15, 31),),
     late_input=36,
-    mudd=51,
+    mix_in=("first", "out36", "last"),
+    mix_out=("first", "out36", "last", "value5", "out15"),
 )
 NANO = Layout(
     num_layers=2,
@@ -97,25 +115,40 @@ NANO = Layout(
     paired=(0,),
     long=(1,),
     value_tables=(0, 1),
+    gate_networks=False,
     smear=False,
     ngrams=(2, 3, 4, 5, 6),
     normed_ngrams=True,
 )
 
 
-def network_outputs(layout: Layout, first: int, end: int) -> list[tuple[tuple[str, int], int]]:
-    """Outputs of the gate network that serves the layers first ... end - 1, in their order: ((role, layer), width)."""
+Outputs = list[tuple[tuple[str, int], int]]
+"""What a network computes, in its order: ((role or the stream that is weighed, layer), width)."""
+
+
+def gate_outputs(layout: Layout, first: int, end: int) -> Outputs:
+    """Of the gate network that serves the layers first ... end - 1."""
     layers, heads = range(first, end), layout.num_heads
-    outputs = [(("xsa", i), heads) for i in layers if i in layout.xsa]
-    outputs += [(("attention", i), heads) for i in layers if i in layout.long]
+    outputs: Outputs = [(("xsa", i), heads) for i in layers if i in layout.xsa]
+    outputs += [(("attention", i), heads) for i in layers if i in layout.gated]
     for i in layers:
-        if i not in layout.no_attention and i != layout.mudd:
-            outputs += [(("x0", i), 1), (("ngram", i), 1)]
-    if layout.skip and layout.skip[1] in layers:
-        outputs += [(("skip", layout.skip[1]), 1)]
-    if layout.mudd in layers:
-        outputs += [(("dc1", layout.mudd), heads), (("dc2", layout.mudd), heads)]
+        usual = i not in layout.no_attention and i != layout.mixing
+        outputs += [(("x0", i), 1)] if usual else []
+        outputs += [(("ngram", i), 1)] if layout.ngrams and (usual or i == 0) else []
+    outputs += [((f"out{source}", target), 1) for source, target in layout.skips if target in layers]
+    for i in layers:
+        outputs += [(("dc1", i), heads), (("dc2", i), heads)] if i in layout.dc else []
     return outputs
+
+
+def mix_outputs(layout: Layout) -> Outputs:
+    """Of M_in: m0, m1, ..."""
+    layer = layout.num_layers - 1
+    outputs: Outputs = [((f"values from {stream}", layer), 1) for stream in layout.mix_in]
+    outputs += [((f"input from {stream}", layer), 1) for stream in layout.mix_in]
+    outputs += [(("value_gate", layer), 2)] if layer in layout.value_tables else []
+    roles = ("resid_attn", "post_attn", "first", *(("ngram",) if layout.ngrams else ()), "resid_mlp", "post_mlp")
+    return outputs + [((role, layer), 1) for role in roles]
 
 
 # ======================================================================================================================
@@ -237,8 +270,9 @@ def attention(
     num_tokens, heads, dim = len(a), layout.num_heads, layout.head_dim
     attention_layers = [i for i in range(layout.num_layers) if i not in layout.no_attention]
     index = attention_layers.index(layer)
-    # H/2 matrices (2D, d) of Wq, each of two adjacent heads, then as many of Wk.
-    w_q, w_k = weights["qk_bank"][heads * index : heads * (index + 1)].flatten(0, 1).chunk(2)
+    # Matrices of Wq, each of some adjacent heads, then as many of Wk.
+    each = 2 * heads // layout.qk_heads
+    w_q, w_k = weights["qk_bank"][each * index : each * (index + 1)].flatten(0, 1).chunk(2)
     w_v, w_o = weights["vo_bank"][2 * index : 2 * index + 2]
     qkv_lambda, out_lambda = weights["sa_lambda"][layer]
     all_values = a @ (qkv_lambda * w_v).T + added_values
@@ -248,7 +282,7 @@ def attention(
         rows = slice(head * dim, (head + 1) * dim)
         q = norm(a @ (qkv_lambda * w_q[rows]).T, eps)
         k = norm(a @ (qkv_lambda * w_k[rows]).T, eps)
-        if layer in layout.long:
+        if layer in layout.long and layout.key_offset:
             # Partial key offset. Nothing stands before the row's first token, so it keeps its own. The offset goes by
             # position in the row: a document's first token takes from the last token of the document before.
             shifted = torch.cat([k[:1, dim // 2 :], k[:-1, dim // 2 :]])
@@ -275,12 +309,7 @@ def attention(
         for head in range(heads):
             outputs[head] = masked_attention(q_heads[head], k_heads[head], v_heads[head], documents, window, attn_scale)
 
-    if layer in layout.xsa:
-        for head in range(heads):
-            y, v, alpha = outputs[head], v_heads[head], gates["xsa", layer][:, head, None]
-            along = (y * v).sum(-1, keepdim=True) / v.square().sum(-1, keepdim=True).clamp_min(1e-8)
-            outputs[head] = y - alpha.tanh() * along * v
-    if layer == layout.mudd:  # DC: all heads attend once more, each with the same mix of all heads' weights
+    if layer in layout.dc:
         w1, w2 = norm(gates["dc1", layer], 1e-6), gates["dc2", layer]
         mix = torch.zeros(num_tokens, num_tokens, dtype=a.dtype)
         for head in range(heads):
@@ -288,6 +317,11 @@ def attention(
             mix = mix + w1[:, head, None] * p
         for head in range(heads):
             outputs[head] = outputs[head] + w2[:, head, None] * (mix @ v_heads[head])
+    if layer in layout.xsa:
+        for head in range(heads):
+            y, v, alpha = outputs[head], v_heads[head], gates["xsa", layer][:, head, None]
+            along = (y * v).sum(-1, keepdim=True) / v.square().sum(-1, keepdim=True).clamp_min(1e-8)
+            outputs[head] = y - alpha.tanh() * along * v
     if ("attention", layer) in gates:
         for head in range(heads):
             outputs[head] = gates["attention", layer][:, head, None] * outputs[head]
@@ -306,9 +340,8 @@ def network(weights: dict[str, Tensor], name: str, x: Tensor, factor: Tensor | f
     return factor * ((z * (1 + torch.erf(z / math.sqrt(2))) / 2) @ w2.T + b)
 
 
-def gates_of(weights: dict[str, Tensor], name: str, x: Tensor, outputs: list) -> dict[tuple[str, int], Tensor]:
-    """A gate network's outputs by (role, layer), each (T, width)."""
-    values = network(weights, name, x, weights["gate_scale"])
+def by_role(values: Tensor, outputs: Outputs) -> dict[tuple[str, int], Tensor]:
+    """Values of the outputs (T, sum of their widths), taken apart."""
     parts = values.split([width for _, width in outputs], dim=1)
     return {key: part for (key, _), part in zip(outputs, parts, strict=True)}
 
@@ -338,12 +371,12 @@ def forward(
 ) -> Tensor:  # (T, V)
     """Logits after the soft-cap, float64. Weights of another dtype are widened, so gradients flow to them all the same.
 
-    weights: embed (V, d), head (d, V), qk_bank (>= A*H, 2D, d) with Wq of head pairs, then Wk, per attention layer,
+    weights: embed (V, d), head (d, V), qk_bank (>= 2A*H/h, hD, d) with Wq by h heads, then Wk, per attention layer,
     vo_bank (>= 2A, d, d) with Wv, Wo, mlp_bank (>= 2L, 4d, d) with fc, proj per layer, value_embeds (E, V, d),
     value_gates (tables that M_in does not gate, H, 12), sa_lambda (L, 2), resid_attn, resid_mlp, post_attn, post_mlp
-    (L,), bigram_embed (rows, d). Where the layout has them: bigram_sign (sign rows, d), smear_gate (12,), smear_lambda
+    (L,). Where the layout has them: bigram_embed (rows, d), bigram_sign (sign rows, d), smear_gate (12,), smear_lambda
     (), skip_lambda (), gate_scale () and the four networks pre_, post_, in_ and out_, each w1 (width, d),
-    w2 (outputs, width), b (outputs,). Where it has no gate networks: x0_lambda and ngram_lambda (L,).
+    w2 (outputs, width), b (outputs,). Where it has no gate networks, their outputs: gates_b.
     norm_eps: pass the epsilon of the implementation under test where its activations are of another dtype.
     bigram_rows: ((T,), (T,)) rows of the bigrams in the two tables, for those of another hash.
     """
@@ -355,62 +388,75 @@ def forward(
 
     e = weights["embed"][tokens]
     if layout.smear:
-        smear = weights["smear_lambda"] * torch.sigmoid(e[1:, :12] @ weights["smear_gate"])
+        read = len(weights["smear_gate"])
+        smear = weights["smear_lambda"] * torch.sigmoid(e[1:, :read] @ weights["smear_gate"])
         e = torch.cat([e[:1], e[1:] + smear[:, None] * e[:-1]])
     x0 = norm(e, norm_eps)
-    if bigram_rows is None:
-        ngram = ngram_embedding(weights, layout, tokens, documents, norm_eps)
-    else:
-        ngram = weights["bigram_embed"][bigram_rows[0]] * weights["bigram_sign"][bigram_rows[1]]
+    streams = {"x0": x0}
+    if bigram_rows is not None:
+        streams["ngram"] = weights["bigram_embed"][bigram_rows[0]] * weights["bigram_sign"][bigram_rows[1]]
+    elif layout.ngrams:
+        streams["ngram"] = ngram_embedding(weights, layout, tokens, documents, norm_eps)
+    for slot, layer in enumerate(layout.value_tables):
+        streams[f"value{layer}"] = weights["value_embeds"][slot][tokens]
 
-    if layout.post_layer is None:
-        gates = {("x0", i): weights["x0_lambda"][i] for i in layers}
-        gates |= {("ngram", i): weights["ngram_lambda"][i] for i in layers}
+    if layout.gate_networks:
+        outputs = gate_outputs(layout, 0, layout.num_layers if layout.post_layer is None else layout.post_layer)
+        gates = by_role(network(weights, "pre", x0, weights["gate_scale"]), outputs)
     else:
-        gates = gates_of(weights, "pre", x0, network_outputs(layout, 0, layout.post_layer))
+        gates = by_role(weights["gates_b"].expand(len(x0), -1), gate_outputs(layout, 0, layout.num_layers))
 
-    x = first = x0 + gates["ngram", 0] * ngram
-    outputs: list[Tensor] = []
+    x = x0 + gates["ngram", 0] * streams["ngram"] if layout.ngrams else x0
+    streams["first"] = x
     for layer in layers:
         if layer == layout.post_layer:
-            gates |= gates_of(weights, "post", x, network_outputs(layout, layer, layout.num_layers))
-        if layout.skip and layer == layout.skip[1]:
-            x = x + torch.sigmoid(weights["skip_lambda"]) * gates["skip", layer] * outputs[layout.skip[0]]
-        resid_mlp, post_mlp = weights["resid_mlp"][layer], weights["post_mlp"][layer]
+            outputs = gate_outputs(layout, layer, layout.num_layers)
+            gates |= by_role(network(weights, "post", x, weights["gate_scale"]), outputs)
+        if layer == layout.num_layers - 1:
+            streams["last"] = x
+        for source, target in layout.skips:
+            if layer == target:
+                gate = gates[f"out{source}", layer]
+                x = x + torch.sigmoid(weights["skip_lambda"]) * gate * streams[f"out{source}"]
+        resid_attn, post_attn, resid_mlp, post_mlp = (
+            weights[name][layer] for name in ("resid_attn", "post_attn", "resid_mlp", "post_mlp")
+        )
 
         if layer not in layout.no_attention:
+            added_values = torch.zeros_like(x)
+            if layer == layout.mixing:
+                gates |= by_role(network(weights, "in", streams["last"], 0.1), mix_outputs(layout))
+                for stream in layout.mix_in:
+                    added_values = added_values + gates[f"values from {stream}", layer] * streams[stream]
+                    x = x + gates[f"input from {stream}", layer] * streams[stream]
+                resid_attn, post_attn, resid_mlp, post_mlp = (
+                    gates[role, layer] for role in ("resid_attn", "post_attn", "resid_mlp", "post_mlp")
+                )
             late = layout.late_input is not None and layer > layout.late_input
-            a = norm(outputs[layout.late_input] if late else x, norm_eps)
-            added_values = torch.zeros_like(a)
-            if layer == layout.mudd:
-                last, late_output = x, outputs[layout.late_input]
-                m = network(weights, "in", last, 0.1).T[:, :, None]  # (14, T, 1)
-                added_values = m[0] * first + m[1] * late_output + m[2] * last
-                value_gate = torch.cat([m[6]] * (heads // 2) + [m[7]] * (heads // 2), dim=1)
+            a = norm(streams[f"out{layout.late_input}"] if late else x, norm_eps)
             if layer in layout.value_tables:
-                ve = weights["value_embeds"][layout.value_tables.index(layer)][tokens]
-                if layer != layout.mudd:
-                    w_ve = weights["value_gates"][layout.value_tables.index(layer)]
-                    value_gate = 2 * torch.sigmoid(torch.cat([a[:, :6], ve[:, :6]], dim=1) @ w_ve.T)
+                ve = streams[f"value{layer}"]
+                if layer == layout.mixing:
+                    value_gate = gates["value_gate", layer].repeat_interleave(heads // 2, dim=1)
+                else:
+                    w_ve = weights["value_gates"][[i for i in layout.value_tables if i != layout.mixing].index(layer)]
+                    half = w_ve.size(1) // 2
+                    value_gate = 2 * torch.sigmoid(torch.cat([a[:, :half], ve[:, :half]], dim=1) @ w_ve.T)
                 added_values = added_values + value_gate.repeat_interleave(dim, dim=1) * ve
             y = attention(a, added_values, gates, weights, layout, layer, row)
-            if layer == layout.mudd:
-                x = (1 + m[5]) * last + m[3] * first + m[4] * late_output
-                x = m[8] * x + m[9] * y + m[10] * first + m[11] * ngram
-                resid_mlp, post_mlp = m[12], m[13]
-            else:
-                x = weights["resid_attn"][layer] * x + weights["post_attn"][layer] * y + gates["x0", layer] * x0
-                if layer > 0:  # that of layer 0 is in `first`
-                    x = x + gates["ngram", layer] * ngram
+            x = resid_attn * x + post_attn * y
+            x = x + gates["first", layer] * streams["first"] if layer == layout.mixing else x + gates["x0", layer] * x0
+            if layout.ngrams and layer > 0:  # that of layer 0 is in `first`
+                x = x + gates["ngram", layer] * streams["ngram"]
 
         fc, proj = weights["mlp_bank"][2 * layer : 2 * layer + 2]
         x = resid_mlp * x + post_mlp * mlp(norm(x, norm_eps), fc, proj)
-        outputs.append(x)
+        streams[f"out{layer}"] = x
 
-    if layout.mudd is not None:
-        n = network(weights, "out", x, 0.1).T[:, :, None]  # (5, T, 1)
-        ve = weights["value_embeds"][0][tokens]
-        x = x + n[0] * first + n[1] * late_output + n[2] * last + n[3] * ve + n[4] * outputs[layout.skip[0]]
+    if layout.mix_out:
+        n = network(weights, "out", x, 0.1).T[:, :, None]
+        for weight, stream in zip(n, layout.mix_out, strict=True):
+            x = x + weight * streams[stream]
     x = norm(x, norm_eps)
     return 23 * torch.sigmoid((x @ weights["head"] + 5) / 7.5)
 

@@ -10,9 +10,10 @@ import torch
 from conftest import cpu, run_process, tiny_track
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_model import make_row
 
 import train_gpt
-from train_gpt import GPT, NANO, SMALL, Row, fused_cross_entropy, rotary_tables
+from train_gpt import GPT, SMALL, fused_cross_entropy, rotary_tables
 
 triton = pytest.importorskip("triton")
 
@@ -173,20 +174,24 @@ def loss_truth(logits, targets, weights) -> tuple[torch.Tensor, torch.Tensor, to
 
 
 def some_targets(K: int, T: int, V: int, seed: int = 5) -> torch.Tensor:
-    """As in a row: the targets of k are those of 0 moved by k, none past the end; and a few more left out."""
+    """As in a row: the targets of k are those of 0 moved by k, none past the end; of the last k those of a prefix,
+    where there are several; and a few left out."""
     generator = torch.Generator().manual_seed(seed)
     row = torch.randint(0, V, (T,), generator=generator)
     targets = torch.stack([torch.cat((row[k:], row.new_full((min(k, T),), -1))) for k in range(K)])
+    if K > 1:
+        prefix = torch.randint(-V, V, (V,), generator=generator)  # every other token has none
+        targets[-1] = prefix[row].clamp_min(-1)
     return torch.where(torch.rand(targets.shape, generator=generator) < 0.1, -1, targets)
 
 
 @KINDS
 @settings(max_examples=12, deadline=None)
-@given(T=st.integers(1, 6), V=st.integers(2, 200), K=st.integers(1, 3), scale=st.sampled_from([0.1, 3.0, 1e3]))
+@given(T=st.integers(1, 6), V=st.integers(2, 200), K=st.integers(1, 4), scale=st.sampled_from([0.1, 3.0, 1e3]))
 def test_cross_entropy_and_its_gradient(device, dtype, tolerance, T, V, K, scale):
     """Catches padding that enters the sum, a wrong chain rule of the soft-cap, targets not ignored, overflow."""
     logits, exact = rounded(random(T, V, scale=scale), device, dtype)
-    targets, weights = some_targets(K, T, V), torch.tensor([1.0, 0.5, 0.25][:K])
+    targets, weights = some_targets(K, T, V), torch.tensor([1.0, 0.5, 0.25, 0.1][:K])
     losses, nlls, grad = loss_truth(exact, targets, weights)
     for in_place in (False, True):
         out = logits.clone()
@@ -330,20 +335,19 @@ def test_torch_accepts_the_operators():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="float32 in the interpreter")
 def test_a_whole_model_on_kernels_equals_the_plain_one():
     """Catches a kernel called with the wrong operands by the model: loss, gradients, and an optimizer step."""
-    config = replace(NANO.model, num_layers=4, num_heads=2, head_dim=16, skips=(), value_embeds=((0, 0),))
-    config = replace(config, paired_layers=(1,), long_layers=(0,), backout_layer=2)
-    generator = torch.Generator().manual_seed(3)
-    tokens = torch.randint(0, 257, (49,), generator=generator)
-    row = Row(tokens[:-1], tokens[1:], torch.tensor([0, 11, 30, 48, 48], dtype=torch.int32), 48)
-    settings = replace(NANO, model=config).at(1)
+    config = replace(SMALL.model.stretched(4), vocab_size=257, num_heads=2, head_dim=16, ngram_rows=97, ngram_signs=5)
+    row = make_row(48, [0, 11, 30], config)
+    settings = replace(SMALL, model=config).at(1)
+    weights = torch.tensor((*settings.prediction_weights, settings.prefix_weight))
     results = []
     for fused in (False, True):
         model = GPT(config, replace(cpu(), fused=fused, max_loss_chunk=32 if fused else None), seed=1)
         with torch.no_grad():
             model.mlp_bank.add_(torch.randn(model.mlp_bank.shape, generator=torch.Generator().manual_seed(5)) * 0.1)
+        model.set_prefixes([str(token).encode() for token in range(257)])
         params = dict(model.named_parameters())
-        optimizer = train_gpt.Optimizer(params, NANO.optimizer, replace(cpu(), fused=fused))
-        loss, _ = model(row, settings, torch.tensor(settings.prediction_weights))
+        optimizer = train_gpt.Optimizer(params, SMALL.optimizer, replace(cpu(), fused=fused))
+        loss, _ = model(row, settings, weights, prefixes=True)
         loss.backward()
         grads = {name: p.grad.clone() for name, p in params.items()}
         optimizer.step(settings)
@@ -403,7 +407,7 @@ for capability in map(int, sys.argv[1:]):
     for grad in ["*bf16"] + ["*fp8e5"] * (capability >= 89):
         pointers = {"logits": "*bf16", "targets": "*i64", "weights": "*fp32", "losses": "*fp32", "nlls": "*fp32"}
         types = pointers | {"grad": grad, "grad_scale": "fp32"} | ints("T V")
-        compile(train_gpt._cross_entropy, capability, types, {"K": 3, "GRAD": True, "BLOCK": 4096}, 8, 3)
+        compile(train_gpt._cross_entropy, capability, types, {"K": 4, "GRAD": True, "BLOCK": 4096}, 8, 3)
     print(capability, "compiled")
 """
 

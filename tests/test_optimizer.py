@@ -12,11 +12,23 @@ from conftest import cpu
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from test_model import CONFIGS, make_row
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import train_gpt
-from train_gpt import SMALL, Optimizer, OptimizerConfig, Rule, Rules, join_halves, polar_express, split_halves
+from train_gpt import (
+    GPT,
+    SMALL,
+    TRACKS,
+    Optimizer,
+    OptimizerConfig,
+    Rule,
+    Rules,
+    join_halves,
+    polar_express,
+    split_halves,
+)
 
 GOLDEN = np.load(Path(__file__).parent / "golden_optimizer.npz")
 
@@ -136,7 +148,7 @@ class PlainNorMuon:
         self.buffer += (1 - mu) * (g - self.buffer)
         u = quintics_of_singular_values((1 - mu) * g + mu * self.buffer)
         norm = np.sqrt((u**2).sum())
-        self.mean_square = 0.95 * self.mean_square + 0.05 * (u**2).mean(self.axis)
+        self.mean_square = 0.9 * self.mean_square + 0.1 * (u**2).mean(self.axis)
         u = u / np.sqrt(np.expand_dims(self.mean_square, self.axis))
         u *= norm / np.sqrt((u**2).sum())
         lr = 0.023 * lr_factor
@@ -334,35 +346,48 @@ def test_padding_matrices_of_a_bank_stay_zero(dtype):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class GoldenRules(Rules):
-    """The golden numbers keep all scalars but x0_lambda in one vector."""
+def parameter_of(golden: str) -> str:
+    """The name of the model's parameter of which the golden numbers are."""
+    network, _, part = golden.rpartition("_")
+    if part in ("w1", "w2", "b"):
+        network = {"in": "mudd_in", "out": "mudd_out"}.get(network, network)
+        return f"{network}.{'bias' if part == 'b' else part}"
+    both = {
+        "resid_attn": "resid.bias",
+        "resid_mlp": "resid.bias",
+        "post_attn": "branch.bias",
+        "post_mlp": "branch.bias",
+    }
+    return (both | {"bigram_embed": "ngram_embed"}).get(golden, golden)
 
-    scalars: Rule = field(default=Rule("adam", sharded=False, lr_mul=(5.0,), wd_mul=0.0))
+
+def golden_arrays(prefix: str) -> dict[str, np.ndarray]:
+    """Those of all parameters; what is two there and one in the model, one after the other."""
+    found: dict[str, list[np.ndarray]] = {}
+    for name in GOLDEN.files:
+        if name.startswith(prefix):
+            found.setdefault(parameter_of(name.removeprefix(prefix)), []).append(GOLDEN[name].astype(np.float64))
+    return {name: np.concatenate(arrays) if len(arrays) > 1 else arrays[0] for name, arrays in found.items()}
 
 
-@dataclass(frozen=True)
-class GoldenConfig(OptimizerConfig):
-    rules: Rules = field(default_factory=GoldenRules)
-
-
-GOLDEN_NAMES = sorted(name.removeprefix("start_") for name in GOLDEN.files if name.startswith("start_"))
+GOLDEN_START = golden_arrays("start_")
 
 
 def is_stored_as(name: str, dtype: torch.dtype) -> torch.dtype:
-    """Scalars are never below float32."""
-    return torch.promote_types(dtype, torch.float32) if name in ("scalars", "x0_lambda") else dtype
+    """Single numbers are never below float32."""
+    single = name.endswith((".bias", "_lambda", "gate_scale"))
+    return torch.promote_types(dtype, torch.float32) if single else dtype
 
 
 def golden_run(dtype: torch.dtype):
     """Run the golden steps; yields after each (step, optimizer, masters by name)."""
-    arrays = {name: GOLDEN[f"start_{name}"].astype(np.float64) for name in GOLDEN_NAMES}
-    params = {name: nn.Parameter(torch.from_numpy(a).to(is_stored_as(name, dtype))) for name, a in arrays.items()}
-    optimizer = Optimizer(params, GoldenConfig(), cpu(dtype))
+    stored = {name: torch.tensor(a).to(is_stored_as(name, dtype)) for name, a in GOLDEN_START.items()}
+    params = {name: nn.Parameter(value) for name, value in stored.items()}
+    optimizer = Optimizer(params, OptimizerConfig(), cpu(dtype))
     split = int(GOLDEN["split_step"])
     for step, (lr, momentum) in enumerate(zip(GOLDEN["lr"], GOLDEN["momentum"], strict=True)):
-        for name, p in params.items():
-            add_gradient(p, GOLDEN[f"grad{step}_{name}"].astype(np.float64))
+        for name, grad in golden_arrays(f"grad{step}_").items():
+            add_gradient(params[name], grad)
         optimizer.step(settings_of(step, float(lr), float(momentum), tied=step <= split, unties=step == split))
         yield step, {name: master_of(p.data, optimizer.state[name].get("low")) for name, p in params.items()}
 
@@ -371,37 +396,99 @@ def master_of(p: Tensor, low: Tensor | None) -> np.ndarray:
     return (p if low is None else join_halves(p.view(low.shape), low).view(p.shape)).double().numpy()
 
 
-def golden_after(step: int, name: str) -> np.ndarray | None:
-    return GOLDEN[f"after{step}_{name}"] if f"after{step}_{name}" in GOLDEN.files else None
-
-
 @pytest.mark.golden
 def test_golden_updates_in_float64():
-    """Catches: any deviation of the optimizer from that of reference.py, to 1e-9 relative."""
+    """Catches: any deviation of the optimizer from that of reference.py, to 1e-9 relative; a rule that is another."""
     compared = set()
     for step, masters in golden_run(torch.float64):
-        for name, found in masters.items():
-            if (expected := golden_after(step, name)) is not None:
-                np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-12, err_msg=f"{name} after step {step}")
-                compared.add((step, name))
-    assert compared == {(step, name) for step in (0, 1, 7, 11) for name in GOLDEN_NAMES}
+        for name, expected in golden_arrays(f"after{step}_").items():
+            np.testing.assert_allclose(
+                masters[name], expected, rtol=1e-9, atol=1e-12, err_msg=f"{name} after step {step}"
+            )
+            compared.add((step, name))
+    assert compared == {(step, name) for step in (0, 1, 7, 11) for name in GOLDEN_START}
+    assert set(GOLDEN_START) == {name for name, _ in GPT(CONFIGS["small"], cpu()).named_parameters()}
 
 
 @pytest.mark.golden
 @pytest.mark.parametrize(("dtype", "banks", "rest"), [(torch.float32, 1e-5, 1e-5), (torch.bfloat16, 0.05, 0.005)])
 def test_golden_updates_in_the_precision_of_a_run(dtype, banks, rest):
     """Catches: state or master weights kept in bfloat16. What is compared is the way from the start, relative to its
-    length; in bfloat16 the gradients, their sums and Polar Express are rounded to 8 bits."""
+    length; in bfloat16 the gradients, their sums and Polar Express are rounded to 8 bits. One number in a thousand is
+    let off: where two gradients cancel, rounding can turn Adam's first step, which is little but a sign."""
     for step, masters in golden_run(dtype):
-        for name, found in masters.items():
-            mirror = name == "embed" and step < int(GOLDEN["split_step"])  # of the head's upper halves: no master yet
-            if not mirror and (expected := golden_after(step, name)) is not None:
-                start = torch.from_numpy(GOLDEN[f"start_{name}"])
-                way = expected - start.double().numpy()
-                error = found - start.to(is_stored_as(name, dtype)).double().numpy() - way
-                relative = banks if "bank" in name else rest
-                allowed = relative * np.linalg.norm(way) + 2.0**-23 * np.linalg.norm(start)
-                assert np.linalg.norm(error) <= allowed, (name, step)
+        for name, expected in golden_arrays(f"after{step}_").items():
+            if name == "embed" and step < int(GOLDEN["split_step"]):
+                continue  # a mirror of the head's upper halves: no master yet
+            start = torch.tensor(GOLDEN_START[name])
+            way = expected - start.numpy()
+            error = masters[name] - start.to(is_stored_as(name, dtype)).double().numpy() - way
+            error = np.sort(np.abs(error), axis=None)[: error.size - error.size // 1000]
+            relative = banks if "bank" in name else rest
+            allowed = relative * np.linalg.norm(way) + 2.0**-23 * np.linalg.norm(start)
+            assert np.linalg.norm(error) <= allowed, (name, step)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rules
+# ----------------------------------------------------------------------------------------------------------------------
+
+# The table of record 89, typed in once more: betas, lr_mul and wd_mul of Adam. Networks: the latter of biases is 0.
+ADAM = {
+    **dict.fromkeys(("sa_lambda", "smear_lambda", "skip_lambda"), ((0.9, 0.99), 5.0, 0.0)),
+    "resid": ((0.9, 0.95), 5.0, 0.0),
+    "branch": ((0.9, 0.95), 1.0, 0.0),
+    "smear_gate": ((0.9, 0.99), 0.01, 0.0),
+    "value_gates": ((0.9, 0.99), 1.0, 1.0),
+    **dict.fromkeys(("mudd_in", "mudd_out"), ((0.9, 0.99), 0.25, 1.0)),
+    **dict.fromkeys(("pre", "post"), ((0.9, 0.99), 0.1, 1.0)),
+    "gate_scale": ((0.9, 0.99), 0.1, 0.0),
+    **dict.fromkeys(("value_embeds", "ngram_embed"), ((0.75, 0.95), 75.0, 5.0)),
+    **dict.fromkeys(("head", "embed"), ((0.5, 0.95), 1.0, 150.0)),
+}
+LR_MUL_OF_BANKS = {"qk_bank": (1.0,), "vo_bank": (1.0,), "mlp_bank": (1.0, 2.0)}
+OWN = {"nano": {"gates": ((0.65, 0.95), 5.0, 0.0), "ngram_embed": ((0.75, 0.95), 20.0, 5.0)}}
+
+
+@pytest.mark.parametrize("name", TRACKS)
+def test_every_parameter_of_every_track_has_the_rule_of_the_table(name):
+    """Catches: a parameter without a rule, one with that of another, a bias that decays."""
+    config = TRACKS[name].optimizer
+    optimizer = Optimizer(dict(GPT(CONFIGS[name], cpu()).named_parameters()), config, cpu())
+    for parameter, rule in optimizer.rules.items():
+        if parameter in LR_MUL_OF_BANKS:
+            assert (rule.kind, rule.lr_mul, rule.wd_mul) == ("normuon", LR_MUL_OF_BANKS[parameter], 1.0), parameter
+            continue
+        network, _, part = parameter.partition(".")
+        betas, lr_mul, wd_mul = (ADAM | OWN.get(name, {}))[network]
+        wd_mul = 0.0 if part == "bias" else wd_mul
+        found = (rule.kind, rule.betas, rule.lr_mul, rule.wd_mul, rule.eps)
+        assert found == ("adam", betas, (lr_mul,), wd_mul, 1e-10), parameter
+    lr = {"small": (0.008, 0.023), "nano": (0.03, 0.023)}.get(name, (0.004, 0.015))
+    assert (config.adam_lr, config.muon_lr, config.adam_decay, config.muon_decay) == (*lr, 0.005, 1.2)
+    assert config.muon_beta2 == (0.95 if name == "nano" else 0.9)
+
+
+def test_queries_and_keys_are_orthogonalized_in_pairs_of_heads_and_the_rest_whole():
+    """Catches: matrices of single heads or of the whole layer, heads that are not neighbours, Wq with Wk in one."""
+    config = replace(SMALL.model, vocab_size=50, head_dim=4, ngram_rows=8)  # width 24
+    model = GPT(config, cpu(torch.float64, world_size=8))
+    shapes = {"qk_bank": (64, 8, 24), "vo_bank": (24, 24, 24), "mlp_bank": (24, 96, 24)}
+    assert {name: tuple(model.get_parameter(name).shape) for name in shapes} == shapes, "60, 20 and 22, padded"
+    optimizer = Optimizer({"qk_bank": model.qk_bank}, OptimizerConfig(), cpu(torch.float64))
+    rng = np.random.default_rng(0)
+    start, grad = model.qk_bank.detach().numpy().copy(), rng.standard_normal((64, 8, 24))
+    model.qk_bank.grad = torch.from_numpy(grad.copy())
+    optimizer.step(settings_of(0))
+    found = model.qk_bank.detach().numpy()
+    for layer in range(10):
+        whole = [array[6 * layer : 6 * layer + 6].reshape(2, 24, 24) for array in (start, grad, found)]  # Wq, Wk
+        for of in (0, 1):
+            for head in (0, 2, 4):
+                rows = slice(4 * head, 4 * head + 8)
+                plain = PlainNorMuon(whole[0][of][rows], lr_mul=1.0)
+                plain.step(whole[1][of][rows], 1.0, 0.9)
+                np.testing.assert_allclose(whole[2][of][rows], plain.p, rtol=1e-9, atol=1e-11)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -478,7 +565,7 @@ def test_an_update_is_compiled_once_per_shape(monkeypatch):
     torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     rng = np.random.default_rng(7)
-    shapes = {"bank": (4, 12, 8), "skip_gate": (5, 7), "smear_gate": (5, 7), "backout_lambda": (5, 7)}
+    shapes = {"bank": (4, 12, 8), "value_gates": (5, 7), "smear_gate": (5, 7), "pre.w1": (5, 7)}
     start = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
     before, masters = counters["stats"]["unique_graphs"], []
     for compiled in (False, True):
@@ -506,7 +593,7 @@ class NoWait:
 def test_sums_start_while_the_last_backward_pass_goes_on(monkeypatch, step):
     """Catches: sums that wait for the step, that start before the last row's gradient is in, a head without embed's."""
     started: list[tuple[str, torch.Tensor]] = []
-    model = train_gpt.GPT(replace(train_gpt.NANO.model, num_layers=5), cpu(world_size=2), seed=1)
+    model = train_gpt.GPT(replace(CONFIGS["nano"], num_layers=5, ngram_rows=1008), cpu(world_size=2), seed=1)
     params = dict(model.named_parameters())
 
     def sum_later(*tensors, async_op):
@@ -519,12 +606,11 @@ def test_sums_start_while_the_last_backward_pass_goes_on(monkeypatch, step):
     monkeypatch.setattr(train_gpt, "all_gather_single", lambda *_, async_op: NoWait())
     settings = train_gpt.NANO.at(step)
     optimizer = Optimizer(params, train_gpt.NANO.optimizer, cpu(world_size=2))
-    tokens = torch.arange(40)
-    row = train_gpt.Row(tokens[:-1], tokens[1:], torch.tensor([0, 39, 39], dtype=torch.int32), 39)
+    row = make_row(39, [0], model.config)
     weights = torch.tensor(settings.prediction_weights)
     model(row, settings, weights)[0].backward()
     assert not started, "a row is left"
-    optimizer.expect_gradients(settings)
+    optimizer.expect_gradients(settings, touched={"ngram_embed": None})  # with accumulation: any row
     model(row, settings, weights)[0].backward()
     due = {name for name in params if optimizer.rules[name].kind == "normuon" or step == 1} - {"embed"}
     assert {name for name, _ in started} == due and len(started) == len(due)

@@ -21,8 +21,9 @@ from reference import (
     Layout,
     NorMuon,
     forward,
+    gate_outputs,
     initial_frequencies,
-    network_outputs,
+    mix_outputs,
     ngram_embedding,
     ngram_key,
     ngram_rows,
@@ -53,7 +54,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def golden() -> dict[str, Tensor]:
-    return {key: torch.from_numpy(np.asarray(value)) for key, value in load("front_model.npz").items()}
+    return {key: torch.from_numpy(np.asarray(value)) for key, value in load("golden_model.npz").items()}
 
 
 def run(golden: dict[str, Tensor], layout: Layout = LAYOUT, eps: float = FLOAT64_EPS, **changed: Tensor) -> Tensor:
@@ -84,7 +85,7 @@ def random_weights(layout: Layout) -> dict[str, Tensor]:
         "vo_bank": (2 * attention, d, d),
         "mlp_bank": (2 * layers, 2 * d, d),
         "value_embeds": (tables, VOCAB, d),
-        "value_gates": (tables - (layout.mudd is not None), heads, 12),
+        "value_gates": (tables - (layout.mixing in layout.value_tables), heads, 12),
         "bigram_embed": (97, d),
     }
     lambdas = {"sa_lambda": (layers, 2)} | dict.fromkeys(
@@ -93,22 +94,23 @@ def random_weights(layout: Layout) -> dict[str, Tensor]:
     if layout.smear:
         shapes |= {"smear_gate": (12,)}
         lambdas |= {"smear_lambda": ()}
-    if layout.skip:
+    if layout.skips:
         lambdas |= {"skip_lambda": ()}
-    if layout.post_layer is None:
-        lambdas |= {"x0_lambda": (layers,), "ngram_lambda": (layers,)}
-    else:
-        count = lambda *span: sum(width for _, width in network_outputs(layout, *span))
-        networks = {"pre": count(0, layout.post_layer), "post": count(layout.post_layer, layers)}
-        networks |= {"in": 14, "out": 5}
+    count = lambda outputs: sum(width for _, width in outputs)
+    if layout.gate_networks:
+        networks = {"in": count(mix_outputs(layout)), "out": len(layout.mix_out)}
+        networks["pre"] = count(gate_outputs(layout, 0, layout.post_layer))
+        networks["post"] = count(gate_outputs(layout, layout.post_layer, layers))
         for name, outputs in networks.items():
             shapes |= {f"{name}_w1": (16, d), f"{name}_w2": (outputs, 16), f"{name}_b": (outputs,)}
         lambdas |= {"gate_scale": ()}
+    else:
+        lambdas |= {"gates_b": (count(gate_outputs(layout, 0, layers)),)}
     generator = torch.Generator().manual_seed(1)
     draw = lambda shape: torch.randn(shape, generator=generator, dtype=torch.float64)
     weights = {name: draw(shape) / shape[-1] ** 0.5 for name, shape in shapes.items()}
     weights |= {name: 0.8 + 0.1 * draw(shape) for name, shape in lambdas.items()}
-    if layout.post_layer is not None:
+    if layout.gate_networks:
         weights["bigram_sign"] = draw((13, d)).sign()
     return weights
 
@@ -203,15 +205,15 @@ def test_logits_depend_on_no_later_token_and_on_every_weight(name: str) -> None:
     }
     expected = {("sa_lambda", i) for i in layout.no_attention}
     expected |= {(key, i) for key in ("resid_attn", "post_attn") for i in layout.no_attention}
-    if layout.mudd:
-        expected |= {(key, layout.mudd) for key in ("resid_attn", "post_attn", "resid_mlp", "post_mlp")}
+    if layout.mixing:
+        expected |= {(key, layout.mixing) for key in ("resid_attn", "post_attn", "resid_mlp", "post_mlp")}
     assert unread == expected
 
 
 def test_networks_of_small_have_the_outputs_of_the_golden_weights(golden: dict[str, Tensor]) -> None:
     """Catches a gate too many or too few, in the layout at its real width."""
     for name, span in {"pre": (0, 4), "post": (4, 11)}.items():
-        assert sum(width for _, width in network_outputs(SMALL, *span)) == len(golden[f"{name}_b"])
+        assert sum(width for _, width in gate_outputs(SMALL, *span)) == len(golden[f"{name}_b"])
 
 
 def test_float32_epsilon_would_not_match(golden: dict[str, Tensor]) -> None:
@@ -229,11 +231,10 @@ def test_coefficients_without_an_input_are_networks_that_read_nothing() -> None:
     alone = run_layout(layout, tokens, weights)
 
     d, scale = layout.num_heads * layout.head_dim, torch.tensor(0.3, dtype=torch.float64)
-    pairs = torch.stack([weights["x0_lambda"], weights["ngram_lambda"]], dim=1) / scale
     weights["gate_scale"] = scale
-    for name, b in {"pre": pairs[:2].flatten(), "post": pairs[2:].flatten()}.items():
+    for name, b in zip(("pre", "post"), (weights["gates_b"] / scale).chunk(2), strict=True):
         weights |= {f"{name}_w1": torch.ones(16, d), f"{name}_w2": torch.zeros(4, 16), f"{name}_b": b}
-    from_networks = run_layout(dataclasses.replace(layout, post_layer=2), tokens, weights)
+    from_networks = run_layout(dataclasses.replace(layout, gate_networks=True, post_layer=2), tokens, weights)
     torch.testing.assert_close(from_networks, alone, rtol=1e-12, atol=1e-12)
 
 
