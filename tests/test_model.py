@@ -145,8 +145,8 @@ def error(actual: Tensor, expected: Tensor) -> float:
 # ---- parameters as reference.py and the golden numbers call them ----
 
 ORACLE_NETWORKS = {"pre": "pre", "post": "post", "gates": "gates", "mudd_in": "in", "mudd_out": "out"}
-ORACLE_LAMBDAS = {"resid_attention": "resid_attn", "attention_branch": "post_attn"}
-ORACLE_LAMBDAS |= {"resid_mlp": "resid_mlp", "mlp_branch": "post_mlp"}
+ORACLE_LAMBDAS = {"attention_resid": "resid_attn", "attention_branch": "post_attn"}
+ORACLE_LAMBDAS |= {"mlp_resid": "resid_mlp", "mlp_branch": "post_mlp"}
 
 
 def oracle_name(name: str) -> str:
@@ -160,7 +160,7 @@ def places(model: GPT, name: str) -> list[tuple[str, int]] | None:
     """Where the oracle, which has a number for every layer, has those of `resid` and `branch`."""
     if name not in ("resid.bias", "branch.bias"):
         return None
-    outputs = model.get_submodule(name.removesuffix(".bias")).network.outputs
+    outputs = model.get_submodule(name.removesuffix(".bias")).layout.outputs
     return [(ORACLE_LAMBDAS[output.role], output.layer) for output in outputs]
 
 
@@ -523,7 +523,7 @@ def test_initial_coefficients_of_small(at_start):
     expected = {"pre": pre, "post": post, "mudd_in": mudd_in, "mudd_out": [0.0, -0.5, 0.0, 0.0, 0.0]}
     for name, values in expected.items():
         network = at_start.get_submodule(name)
-        found = torch.cat(list(network(torch.randn(3, 768), at_start.gate_scale).values()), dim=-1)
+        found = torch.cat([value for _, value in network(torch.randn(3, 768), at_start.gate_scale)], dim=-1)
         torch.testing.assert_close(found, torch.tensor(values).expand(3, -1), rtol=1e-6, atol=1e-6)
         assert network.w1.shape == (64, 768) and network.w1.std().item() == pytest.approx((3 * 768) ** -0.5, rel=2e-2)
         assert network.w1.abs().max().item() == pytest.approx(768**-0.5, rel=1e-3)
