@@ -162,8 +162,9 @@ def gpt2_token_bytes() -> bytes:
     """Content of tokens.bin. Raises ShardError where it cannot be had."""
     try:
         with asking_hub("vocab.json of openai-community/gpt2"):
-            from huggingface_hub import hf_hub_download
+            from huggingface_hub import HfApi, hf_hub_download
 
+            HfApi().model_info("openai-community/gpt2")  # without network an error at once, not after half a minute
             vocab = json.loads(Path(hf_hub_download("openai-community/gpt2", "vocab.json")).read_bytes())
             return checked(map(shards.byte_level, sorted(vocab, key=vocab.get)[: shards.GPT2_BOS]))
     except ShardError:

@@ -194,8 +194,11 @@ BYTE_OF |= {chr(byte): byte for byte in PRINTABLE}
 
 
 def byte_level(token: str) -> bytes:
-    """The bytes of a token as the vocabularies of GPT-2 and its kin print them, one character for each byte."""
-    return bytes(BYTE_OF[character] for character in token)
+    """The bytes of a token as the vocabularies of GPT-2 and its kin print it, one character for each byte.
+
+    None of one with other characters, which no text contains.
+    """
+    return bytes(BYTE_OF[character] for character in token) if BYTE_OF.keys() >= set(token) else b""
 
 
 def refuse_strangers(folder: Path, mine: str | tuple[()]) -> None:

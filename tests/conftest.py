@@ -46,6 +46,14 @@ def write_shard(path: Path, tokens, magic: int = 20240520, version: int = 1, cou
     return path
 
 
+def write_token_bytes(folder: Path, vocab_size: int = 257, bos: int = BOS) -> Path:
+    """tokens.bin of an invented vocabulary: a token is its number in decimals, so 123 begins with 12; BOS is empty."""
+    tokens = [b"" if i == bos else str(i).encode() for i in range(vocab_size)]
+    path = folder / "tokens.bin"
+    path.write_bytes(np.array([len(token) for token in tokens], "<u2").tobytes() + b"".join(tokens))
+    return path
+
+
 def documents(lengths, bos: int = BOS) -> list[int]:
     """Documents of these lengths, one after the other: BOS, then tokens that count on across documents."""
     tokens: list[int] = []
@@ -83,10 +91,11 @@ def mutated(content: bytes, rng: random.Random) -> bytes:
 
 
 def write_tiny_data(folder: Path) -> Path:
-    """Two training shards and two validation shards, enough for `tiny_track`."""
+    """Two training shards, two validation shards and the bytes of the tokens, enough for `tiny_track`."""
     for i in (1, 2):
         write_shard(folder / f"tiny_train_{i:06}.bin", text_like(6000, seed=i))
         write_shard(folder / f"tiny_val_{i:06}.bin", text_like(400, seed=10 + i))
+    write_token_bytes(folder)
     return folder
 
 
@@ -103,11 +112,20 @@ def tiny_options() -> list[str]:
         "model.without-attention": (3,),
         "model.paired-layers": (0, 2),
         "model.long-layers": (1, 4),
-        "model.value-embeds": (0, 0, 1, 1, 4, 1),
+        "model.gated-layers": (1, 4),
+        "model.xsa-layers": (1, 2),
+        "model.dc-layers": (4,),
+        "model.dc-window": 12,
+        "model.value-layers": (0, 1, 4),
         "model.skips": (1, 3),
-        "model.backout-layer": 3,
-        "model.second-embed": (1, 2, 4),
-        "model.second-embed-rows": 320,
+        "model.late-input": 2,
+        "model.second-gates": 2,
+        "model.network-width": 8,
+        "model.mix-in": ("first", "out2", "last"),
+        "model.mix-out": ("first", 0.0, "out2", -0.5, "value1", 0.0),
+        "model.ngrams": (2, 3),
+        "model.ngram-rows": 320,
+        "model.ngram-signs": 16,
         "data.rows-per-step": 8,
         "data.val-tokens": 700,
         "data.val-row-tokens": 96,
@@ -125,7 +143,8 @@ def tiny_options() -> list[str]:
         numbers[f"schedule.stages.{i}.windows"] = (4 + i, 8 + 4 * i)
         numbers[f"schedule.stages.{i}.max-doc-len"] = 12 + 4 * i
         numbers[f"schedule.stages.{i}.prediction-weights"] = ((1, 1, 0.5, 0.5, 0.25, 0), (1, 1, 0.5, 0), (1, 1))[i]
-    words = []
+        numbers[f"schedule.stages.{i}.prefix-weight"] = ((0.25, 0.25), (0.25, 0), (0, 0))[i]
+    words = ["--model.gate-networks", "--model.smear"]
     for name, value in numbers.items():
         words += [f"--{name}", *(str(v) for v in (value if isinstance(value, tuple) else (value,)))]
     return words

@@ -89,6 +89,8 @@ class Handler(BaseHTTPRequestHandler):
         server, path = self.server, unquote(self.path.split("?")[0])
         server.requests.append((self.command, path))
         api, resolve = f"/api/datasets/{server.repo}", f"/datasets/{server.repo}/resolve"
+        if path == "/api/models/openai-community/gpt2":
+            return self.reply(200, json.dumps({"id": "openai-community/gpt2"}).encode())
         if path == "/openai-community/gpt2/resolve/main/vocab.json" and server.vocabulary is not None:
             return self.send_file("vocab.json", server.vocabulary)
         present = [*server.revisions][-1]
