@@ -25,7 +25,7 @@ import pyarrow.parquet
 import pytest
 import tiktoken
 import tokenizers
-from conftest import cpu, kill_before_rename, tiny_track
+from conftest import cpu, kill_before_rename, run_process, tiny_options, tiny_track
 from hub_server import Fault, HubServer
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -1064,3 +1064,16 @@ def test_gpt2_without_network_says_the_ways_out(tmp_path):
     assert (
         "tokenizer gpt2 cannot be loaded" in output and "TIKTOKEN_CACHE_DIR" in output and "--tokenizer FILE" in output
     )
+
+
+def test_small_trains_on_it(tmp_path, vocabulary, sources):
+    """A tiny `small` with another vocabulary and its prediction of prefixes; catches another format of tokens.bin."""
+    write_documents(tmp_path / "a.jsonl", sources[:200])
+    run(tmp_path / "out", "--input", tmp_path / "a.jsonl", "--tokenizer", vocabulary.file)
+    options = [*tiny_options(), "--model.vocab-size", 1257, "--data.bos", 1256, "--sample-tokens", 0, "--device", "cpu"]
+    options += ["--data-dir", tmp_path / "out", "--log-dir", tmp_path / "logs", "--max-steps", 3, "--no-warmup"]
+    result = run_process([sys.executable, Path(train_gpt.__file__), "small", *options])
+    assert result.returncode == 0, result.stderr
+    (tmp_path / "out/tokens.bin").unlink()
+    result = run_process([sys.executable, Path(train_gpt.__file__), "small", *options])
+    assert result.returncode == 1 and "tokens.bin is missing" in result.stderr, "it was read"
