@@ -150,42 +150,48 @@ def provide(out: Path, repo: str, names: list[str]) -> int:
         return download(out, repo, missing) if missing else 0
 
 
-def checked(spelled: Iterable[bytes]) -> bytes:
-    """Content of tokens.bin, of the bytes of all tokens of GPT-2 but BOS. Raises ValueError where they are others."""
-    content = shards.token_bytes([*spelled, b""])
-    if (found := hashlib.sha256(content).hexdigest()) != TOKEN_BYTES_SHA256:
-        raise ValueError(f"it is not GPT-2's: SHA-256 {found} of {shards.TOKEN_BYTES}, expected {TOKEN_BYTES_SHA256}")
-    return content
+def by_hub() -> Iterable[bytes]:
+    """The bytes of GPT-2's tokens but BOS, the last one, by the vocabulary of OpenAI's model."""
+    from huggingface_hub import HfApi, hf_hub_download
+
+    HfApi().model_info("openai-community/gpt2")  # without network an error at once, not after half a minute
+    vocab = json.loads(Path(hf_hub_download("openai-community/gpt2", "vocab.json")).read_bytes())
+    return map(shards.byte_level, sorted(vocab, key=vocab.get)[: shards.GPT2_BOS])
+
+
+def by_tiktoken() -> Iterable[bytes]:
+    """As `by_hub`."""
+    import tiktoken
+
+    return map(tiktoken.get_encoding("gpt2").decode_single_token_bytes, range(shards.GPT2_BOS))
 
 
 def gpt2_token_bytes() -> bytes:
     """Content of tokens.bin. Raises ShardError where it cannot be had."""
-    try:
-        with asking_hub("vocab.json of openai-community/gpt2"):
-            from huggingface_hub import HfApi, hf_hub_download
-
-            HfApi().model_info("openai-community/gpt2")  # without network an error at once, not after half a minute
-            vocab = json.loads(Path(hf_hub_download("openai-community/gpt2", "vocab.json")).read_bytes())
-            return checked(map(shards.byte_level, sorted(vocab, key=vocab.get)[: shards.GPT2_BOS]))
-    except ShardError:
-        with contextlib.suppress(Exception):  # not installed, or without network as well
-            import tiktoken
-
-            return checked(map(tiktoken.get_encoding("gpt2").decode_single_token_bytes, range(shards.GPT2_BOS)))
-        raise
+    failures = ""
+    for source in (by_hub, by_tiktoken):
+        try:
+            content = shards.token_bytes([*source(), b""])
+            if (found := hashlib.sha256(content).hexdigest()) != TOKEN_BYTES_SHA256:
+                raise ValueError(f"another vocabulary: SHA-256 {found}, expected {TOKEN_BYTES_SHA256}")
+            return content
+        except Exception as error:  # hub, HTTP client, TLS and tiktoken each have their own
+            failures += f"\n  {source.__name__}: {error or type(error).__name__}"
+    raise ShardError(f"GPT-2's vocabulary cannot be had:{failures}")
 
 
 def provide_token_bytes(out: Path) -> None:
     """Sees that tokens.bin is in the folder, or says why not: one can train without it."""
     path = out / shards.TOKEN_BYTES
-    if path.exists() and shards.sha256_of(path) == TOKEN_BYTES_SHA256:
+    is_right = lambda: path.exists() and shards.sha256_of(path) == TOKEN_BYTES_SHA256
+    if is_right():
         return
     try:
         with shards.exclusive(out):
-            shards.write(path, gpt2_token_bytes())
+            if not is_right():  # another process may have written it meanwhile
+                shards.write(path, gpt2_token_bytes())
     except ShardError as error:
-        why = str(error).partition("\n")[0]
-        print(f"notice: no {path}, without which training takes --no-prefix-loss: {why}", file=sys.stderr)
+        print(f"notice: no {path}, without which training takes --no-prefix-loss: {error}", file=sys.stderr)
 
 
 def main() -> None:
