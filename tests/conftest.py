@@ -49,9 +49,7 @@ def write_shard(path: Path, tokens, magic: int = 20240520, version: int = 1, cou
 def write_token_bytes(folder: Path, vocab_size: int = 257, bos: int = BOS) -> Path:
     """tokens.bin of an invented vocabulary: a token is its number in decimals, so 123 begins with 12; BOS is empty."""
     tokens = [b"" if i == bos else str(i).encode() for i in range(vocab_size)]
-    path = folder / "tokens.bin"
-    path.write_bytes(np.array([len(token) for token in tokens], "<u2").tobytes() + b"".join(tokens))
-    return path
+    return write_shard(folder / "tokens.bin", [*map(len, tokens), *b"".join(tokens)])
 
 
 def documents(lengths, bos: int = BOS) -> list[int]:
