@@ -9,6 +9,7 @@ the fastest way to these files, else by plain HTTP, which alone the tests know.
 A shard has its name only once its SHA-256 is the hub's. An interrupted call goes on shard by shard. sha256.json beside
 the shards says which were compared: the next call believes it for every file of the same size and time of change, and
 uses no network. Of other files it asks the hub for the SHA-256, and fetches those that have another one.
+tokens.bin has the bytes of GPT-2's tokens, by the vocabulary of openai-community/gpt2 or, where that fails, tiktoken.
 
 HF_ENDPOINT names a mirror of the hub, HF_TOKEN an account with a higher rate limit, HF_XET_HIGH_PERFORMANCE=1 gives
 Xet all cores and the whole line.
@@ -16,10 +17,12 @@ Xet all cores and the whole line.
 
 import argparse
 import contextlib
+import hashlib
+import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,11 +30,9 @@ from pathlib import Path
 import shards
 from shards import ShardError
 
-# Before huggingface_hub is imported, which would first ask the hub for a list of AI agents, for its User-Agent.
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-
 IN_FLIGHT = 4  # files
 SIDECAR, STAGING = "sha256.json", ".download"
+TOKEN_BYTES_SHA256 = "c04286c99c18bd36cec8edea167f61d00879b3d90091e46f5e5c26e31ed86154"
 
 WAYS_OUT = """Three ways out:
   1. try again: shards that are complete are kept
@@ -149,6 +150,50 @@ def provide(out: Path, repo: str, names: list[str]) -> int:
         return download(out, repo, missing) if missing else 0
 
 
+def by_hub() -> Iterable[bytes]:
+    """The bytes of GPT-2's tokens but BOS, the last one, by the vocabulary of OpenAI's model."""
+    from huggingface_hub import HfApi, hf_hub_download
+
+    HfApi().model_info("openai-community/gpt2")  # without network an error at once, not after half a minute
+    vocab = json.loads(Path(hf_hub_download("openai-community/gpt2", "vocab.json")).read_bytes())
+    return map(shards.byte_level, sorted(vocab, key=vocab.get)[: shards.GPT2_BOS])
+
+
+def by_tiktoken() -> Iterable[bytes]:
+    """As `by_hub`."""
+    import tiktoken
+
+    return map(tiktoken.get_encoding("gpt2").decode_single_token_bytes, range(shards.GPT2_BOS))
+
+
+def gpt2_token_bytes() -> bytes:
+    """Content of tokens.bin. Raises ShardError where it cannot be had."""
+    failures = ""
+    for source in (by_hub, by_tiktoken):
+        try:
+            content = shards.token_bytes([*source(), b""])
+            if (found := hashlib.sha256(content).hexdigest()) != TOKEN_BYTES_SHA256:
+                raise ValueError(f"another vocabulary: SHA-256 {found}, expected {TOKEN_BYTES_SHA256}")
+            return content
+        except Exception as error:  # hub, HTTP client, TLS and tiktoken each have their own
+            failures += f"\n  {source.__name__}: {error or type(error).__name__}"
+    raise ShardError(f"GPT-2's vocabulary cannot be had:{failures}")
+
+
+def provide_token_bytes(out: Path) -> None:
+    """Sees that tokens.bin is in the folder, or says why not: one can train without it."""
+    path = out / shards.TOKEN_BYTES
+    is_right = lambda: path.exists() and shards.sha256_of(path) == TOKEN_BYTES_SHA256
+    if is_right():
+        return
+    try:
+        with shards.exclusive(out):
+            if not is_right():  # another process may have written it meanwhile
+                shards.write(path, gpt2_token_bytes())
+    except ShardError as error:
+        print(f"notice: no {path}, without which training takes --no-prefix-loss: {error}", file=sys.stderr)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Downloads FineWeb shards of GPT-2 tokens, 200 MB each.")
     parser.add_argument("shards", nargs="?", type=int, default=9, metavar="N", help="train shards (default 9)")
@@ -161,6 +206,7 @@ def main() -> None:
         parser.error(f"N is {count}, but {args.dataset} has {dataset.num_train:,} train shards")
     with shards.messages("cached_fineweb10B.py"):
         fetched = provide(out, dataset.repo, dataset.shard_names(count))
+        provide_token_bytes(out)
     what = f"the validation shard and {count:,} train shards"
     print(f"{args.dataset} data: " + (f"fetched {fetched:,}; {what} are in" if fetched else f"found {what} in"), out)
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from shards import GPT2_BOS, GPT2_VOCAB_SIZE, HEADER_BYTES, ShardError, read_json, read_shard_header
+from shards import GPT2_BOS, GPT2_VOCAB_SIZE, HEADER_BYTES, TOKEN_BYTES, ShardError, read_json, read_shard_header
 
 QUANTILES = (0.01, 0.1, 0.5, 0.9, 0.99)
 CHUNK = 1 << 20  # tokens: small enough to stay in cache while it is searched
@@ -118,7 +118,10 @@ def main() -> None:
         vocab_size = arguments.vocab_size or sidecar.get("vocab_size", GPT2_VOCAB_SIZE)
         sha256 = sidecar["shards"][path.name]["sha256"] if sidecar else None
         try:
-            reports.append(inspect(path, bos, vocab_size, sha256))
+            if path.name == TOKEN_BYTES:  # no documents
+                read_shard_header(path)
+            else:
+                reports.append(inspect(path, bos, vocab_size, sha256))
         except (ShardError, OSError) as error:
             tqdm.write(f"damaged: {error}", file=sys.stderr)
             damaged += 1

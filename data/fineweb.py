@@ -1,10 +1,11 @@
 """Tokenizes documents into shards the way the public FineWeb shards were made: FineWeb itself, or your own text.
 
     python data/fineweb.py --out DIR --input FOLDER b.txt         # *.jsonl, *.jsonl.gz, *.txt, *.parquet
+    python data/fineweb.py --out DIR --input hf://datasets/HuggingFaceFW/fineweb/sample/10BT --shard-tokens 100M
     python data/fineweb.py --help                                 # tokenizer, shard size, threads
 
-    hf download HuggingFaceFW/fineweb --repo-type dataset --include 'sample/10BT/*' --local-dir FOLDER
-    python data/fineweb.py --out DIR --input FOLDER --shard-tokens 100M         # FineWeb itself: 30 GB of parquet files
+The last but one is FineWeb itself, 30 GB of parquet files of the Hugging Face hub, which are read as they are needed
+and not kept. HF_ENDPOINT names a mirror of the hub, HF_TOKEN an account with a higher rate limit.
 
 Tokens are those of GPT-2 (pip install tiktoken; for parquet files pyarrow); each document starts with BOS. Shards have
 exactly 100M tokens, the last one what is left; documents run on across their boundaries. Documents keep their order:
@@ -17,8 +18,11 @@ the FineWeb of the hub.
 
 The first thread reads and writes, the others tokenize, and their results are written in the order of reading: the
 shards are the same bytes for every number of threads. fineweb.json beside them has their hashes, and where in the input
-each next shard begins. The same command goes on from there, with the same bytes, however the one before ended.
+each next shard begins. The same command goes on from there, with the same bytes, however the one before ended:
+of the hub it reads the revision that the first call found. tokens.bin has the bytes of the tokens.
 """
+
+from __future__ import annotations
 
 import argparse
 import contextlib
@@ -36,13 +40,20 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 import numpy as np
 
 import shards
 from shards import SHARD_TOKENS, ShardError, amount
 
+if TYPE_CHECKING:
+    import tokenizers
+
+HUB = "hf://datasets/"
+HUB_BLOCK_BYTES = 1 << 24  # fetched at once
+HUB_HELP = """Finished shards are kept: the same command goes on, a mirror of the hub is named by HF_ENDPOINT, and files
+that `hf download` has fetched are read without network"""
 SUFFIXES = (".jsonl", ".jsonl.gz", ".txt", ".parquet")
 BYTES_BOS = 256  # bytes are 0..255
 MAX_VOCAB_SIZE = 65_536  # tokens are uint16
@@ -83,7 +94,7 @@ class Settings:
 class Tokenizer(NamedTuple):
     encode: Callable[[str], np.ndarray]  # text to tokens (n,) of any integer type, without BOS
     bos: int
-    vocab_size: int
+    spelled: list[bytes]  # each token of the vocabulary, as `shards.token_bytes` takes it
 
 
 @functools.cache
@@ -93,7 +104,9 @@ def load_tokenizer(name: str, bos_token: str) -> Tokenizer:
     Raises ShardError where it cannot be had, where its tokens do not fit into uint16, or where it has no such BOS.
     """
     if name == "bytes":
-        return Tokenizer(lambda text: np.frombuffer(text.encode(), np.uint8), BYTES_BOS, BYTES_BOS + 1)
+        return Tokenizer(
+            lambda text: np.frombuffer(text.encode(), np.uint8), BYTES_BOS, [bytes([i]) for i in range(256)] + [b""]
+        )
     try:
         if name.endswith(".json"):
             import tokenizers
@@ -103,14 +116,16 @@ def load_tokenizer(name: str, bos_token: str) -> Tokenizer:
             tokenizer.no_padding()
             tokenizer.encode_special_tokens = True  # a document that contains <|endoftext|> must not be cut there
             encode = lambda text: np.array(tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int64)
-            bos, vocab_size = tokenizer.token_to_id(bos_token), 1 + max(tokenizer.get_vocab().values(), default=0)
+            bos, spelled = tokenizer.token_to_id(bos_token), spelled_by_file(tokenizer)
         else:
             import tiktoken
 
             encoding = tiktoken.get_encoding(name)
             # As encode_ordinary, but an array: a list of Python integers takes 15 times the memory.
             encode = functools.partial(encoding.encode_to_numpy, disallowed_special=())
-            bos, vocab_size = None, encoding.max_token_value + 1
+            bos, spelled = None, [b""] * (encoding.max_token_value + 1)
+            for text in encoding.token_byte_values():
+                spelled[encoding.encode_single_token(text)] = text
             if bos_token in encoding.special_tokens_set:
                 bos = encoding.encode_single_token(bos_token)
     except Exception as error:  # of the library, an HTTP client, TLS, proxy and disk, each its own
@@ -119,13 +134,32 @@ def load_tokenizer(name: str, bos_token: str) -> Tokenizer:
             "machine where tiktoken has used it, or name a Hugging Face tokenizer.json (--tokenizer FILE; that of the "
             "model gpt2 gives the same tokens), or `bytes`"
         ) from error
-    if vocab_size > MAX_VOCAB_SIZE:
-        raise ShardError(f"tokenizer {name} has {vocab_size:,} tokens, but shards hold at most {MAX_VOCAB_SIZE:,}")
+    if len(spelled) > MAX_VOCAB_SIZE:
+        raise ShardError(f"tokenizer {name} has {len(spelled):,} tokens, but shards hold at most {MAX_VOCAB_SIZE:,}")
     if bos is None or bos in encode(bos_token):
         raise ShardError(
             f"{bos_token} is no special token of {name}, which no text can contain: name one to start documents, --bos"
         )
-    return Tokenizer(encode, bos, vocab_size)
+    spelled[bos] = b""
+    return Tokenizer(encode, bos, spelled)
+
+
+def spelled_by_file(tokenizer: tokenizers.Tokenizer) -> list[bytes]:
+    """The bytes of each token of a Hugging Face tokenizer; none of special ones and of numbers that no token has."""
+    state, added = json.loads(tokenizer.to_str()), tokenizer.get_added_tokens_decoder()
+    in_byte_level = '"ByteLevel"' in json.dumps([state["pre_tokenizer"], state["decoder"]])
+    vocab = tokenizer.get_vocab()
+    spelled = [b""] * (1 + max(vocab.values(), default=0))
+    for text, token in vocab.items():
+        if token in added:
+            spelled[token] = b"" if added[token].special else text.encode()
+        elif in_byte_level:
+            spelled[token] = shards.byte_level(text)
+        elif byte := re.fullmatch("<0x([0-9A-F]{2})>", text):
+            spelled[token] = bytes.fromhex(byte[1])
+        else:  # the first token of a text can lack the space that it begins with
+            spelled[token] = tokenizer.decode([token, token]).removeprefix(tokenizer.decode([token])).encode()
+    return spelled
 
 
 # ---- reading, in the first thread ----
@@ -197,6 +231,15 @@ def utf8(text: object) -> bytes:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
 
 
+def opened(name: str) -> BinaryIO:
+    """A file of the disk or of the hub."""
+    if not name.startswith(HUB):
+        return open(name, "rb")
+    from huggingface_hub import HfFileSystem
+
+    return HfFileSystem().open(name, "rb", block_size=HUB_BLOCK_BYTES)
+
+
 def read(files: list[dict], start: Place, settings: Settings) -> Iterator[Document]:
     """The documents of the source from `start` on. Raises ShardError naming the file, and what of it is wrong."""
     for index, file in enumerate(files[start.file :], start.file):
@@ -204,7 +247,7 @@ def read(files: list[dict], start: Place, settings: Settings) -> Iterator[Docume
         unit = {".txt": "piece", ".parquet": "row"}.get(Path(name).suffix, "line")
         number = -1  # of the document read last
         try:
-            with (gzip.open if name.endswith(".gz") else open)(name, "rb") as content:
+            with opened(name) as raw, gzip.open(raw) if name.endswith(".gz") else raw as content:
                 if unit == "piece":
                     texts = read_text(content, settings.max_bytes or file["size"] + 1)
                 else:
@@ -213,7 +256,8 @@ def read(files: list[dict], start: Place, settings: Settings) -> Iterator[Docume
                     if (index, number) >= start[:2]:
                         yield Document(Place(index, number), f"{name}, {unit} {number + 1}", text)
         except Exception as error:  # each library has its own
-            raise ShardError(f"{name} cannot be read at its {unit} {number + 2}: {error}") from error
+            help_ = f"\n{HUB_HELP}" if name.startswith(HUB) else ""
+            raise ShardError(f"{name} cannot be read at its {unit} {number + 2}: {error}{help_}") from error
 
 
 def batched(documents: Iterable[Document]) -> Iterator[list[Document]]:
@@ -343,19 +387,39 @@ def is_complete(record: dict) -> bool:
 # ---- the run ----
 
 
-def find_files(names: list[str]) -> list[dict]:
+def list_hub(name: str) -> list[dict]:
+    """As `find_files`, of the hub; the name of each file has the revision that is found now."""
+    try:
+        from huggingface_hub import HfApi, HfFileSystem
+
+        system = HfFileSystem()
+        place = system.resolve_path(name)
+        revision = HfApi().dataset_info(place.repo_id, revision=place.revision).sha
+        found = system.find(f"{HUB}{place.repo_id}@{revision}/{place.path_in_repo}", detail=True)
+    except Exception as error:  # hub, HTTP client and TLS each have their own
+        raise ShardError(f"--input {name} cannot be listed: {error or type(error).__name__}\n{HUB_HELP}") from error
+    return [{"name": f"hf://{path}", "size": found[path]["size"], "input": name} for path in found]
+
+
+def find_files(names: list[str], known: Iterable[dict] = ()) -> list[dict]:
     """Name (absolute path) and size of each file, sorted by name; of a folder, all with a known suffix in and below it.
 
-    Raises ShardError where there is none, or one of another suffix.
+    Files of the hub are those `known` of this input, if any. Raises ShardError where there is none, or one of another
+    suffix.
     """
-    paths = set()
+    files = {}
     for name in names:
-        inside = [p for p in glob.glob(f"{glob.escape(name)}/**", recursive=True) if p.endswith(SUFFIXES)]
-        found = inside if os.path.isdir(name) else [name]
-        if not found or not all(os.path.isfile(path) and path.endswith(SUFFIXES) for path in found):
+        if name.startswith(HUB):
+            found = [file for file in known if file.get("input") == name] or list_hub(name)
+        else:
+            inside = glob.glob(f"{glob.escape(name)}/**", recursive=True) if os.path.isdir(name) else [name]
+            paths = [os.path.abspath(path) for path in inside if os.path.isfile(path)]
+            found = [{"name": path, "size": os.path.getsize(path)} for path in paths]
+        found = {file["name"]: file for file in found if file["name"].endswith(SUFFIXES)}
+        if not found:
             raise ShardError(f"--input {name}: expected a file {', '.join(SUFFIXES)}, or a folder with such files")
-        paths |= set(map(os.path.abspath, found))
-    return [{"name": path, "size": os.path.getsize(path)} for path in sorted(paths)]
+        files |= found
+    return [files[name] for name in sorted(files)]
 
 
 def validation_rule(files: list[dict], tokenizer: str) -> int:
@@ -368,7 +432,8 @@ def validation_rule(files: list[dict], tokenizer: str) -> int:
 
 def build(options: argparse.Namespace) -> tuple[dict, bool]:
     """Writes the shards that the folder lacks. Returns the record, and whether there were any."""
-    files, drawn, path = find_files(options.input), not options.shard_tokens, options.out / "fineweb.json"
+    path, drawn = options.out / "fineweb.json", not options.shard_tokens
+    files = find_files(options.input, shards.read_json(path).get("files", ()))
     settings = Settings(
         text_field=options.text_field,
         tokenizer=options.tokenizer,
@@ -380,26 +445,30 @@ def build(options: argparse.Namespace) -> tuple[dict, bool]:
     )
     described = asdict(settings) | {file["name"]: f"{file['size']:,} bytes" for file in files}
     record = shards.read_sidecar(path, described)
-    if record and is_complete(record):
+    complete, token_bytes = record is not None and is_complete(record), options.out / shards.TOKEN_BYTES
+    if complete and token_bytes.exists():
         return record, False
     tokenizer = load_tokenizer(settings.tokenizer, settings.bos)
+    shards.write(token_bytes, shards.token_bytes(tokenizer.spelled))
     if record is None:
         record = {"dataset": "--input", "settings": described, "files": files, "shards": {}}
-        record |= {"bos": tokenizer.bos, "vocab_size": tokenizer.vocab_size}
+        record |= {"bos": tokenizer.bos, "vocab_size": len(tokenizer.spelled)}
     shards.write_json(path, record)
     while not is_complete(record):
         write_shards(path, record, settings, options.workers)
         if not record["shards"]:
             path.unlink()
+            token_bytes.unlink()
             raise ShardError("the input has no documents, or too few to draw one for validation: nothing was written")
-    return record, True
+    return record, not complete
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--out", type=Path, required=True, metavar="DIR", help="folder of the shards")
-    add("--input", nargs="+", required=True, metavar="PATH", help=f"files {', '.join(SUFFIXES)}, or folders of them")
+    what = f"files {', '.join(SUFFIXES)}, or folders of them, also of the hub: hf://datasets/…"
+    add("--input", nargs="+", required=True, metavar="PATH", help=what)
     add("--text-field", default="text", metavar="NAME", help="field of jsonl, column of parquet (default: text)")
     kinds = "an encoding of tiktoken, `bytes`, or a Hugging Face tokenizers file *.json (default: %(default)s)"
     add("--tokenizer", default="gpt2", metavar="NAME|FILE", help=kinds)

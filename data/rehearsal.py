@@ -21,9 +21,10 @@ shard, `floor`, their mean -log p, which is the loss of a perfect model (a BOS i
 past is the whole document, even where a model is shown only part of it), and `unigram`, the entropy of the frequencies
 of the tokens predicted there: what a model gets without any past.
 
-The same settings give the same bytes on every machine. A call that was killed goes on
-with the first shard it did not finish; a folder with other settings, or with shards of other origin, is refused and
-left as it is.
+The bytes that tokens.bin has of each token are the digits of its number.
+
+The same settings give the same bytes on every machine. A call that was killed goes on with the first shard it did not
+finish; a folder with other settings, or with shards of other origin, is refused and left as it is.
 """
 
 import argparse
@@ -327,6 +328,9 @@ def main() -> None:
     start = time.perf_counter()
     with shards.messages("rehearsal.py"), shards.exclusive(out):
         sidecar, wrote = build(out, settings)
+        # A number begins with a smaller one, so a token with a more frequent one, as long words do with short ones.
+        spelled = [b"%d" % token for token in range(settings.bos)] + [b""]
+        shards.write(out / shards.TOKEN_BYTES, shards.token_bytes(spelled))
     print(
         f"rehearsal data: {'wrote' if wrote else 'found'} {settings.tokens:,} train and {settings.val_tokens:,} val "
         f"tokens in {out} ({time.perf_counter() - start:.1f} s)\n"

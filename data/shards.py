@@ -1,7 +1,7 @@
 """What the scripts of this folder share: the shard format, files that are whole or not there.
 
 A shard is 256 little-endian int32 of header (magic, version, token count, zeros), then the tokens as uint16. Every
-document starts with its BOS token.
+document starts with its BOS token. tokens.bin beside the shards has in the same format how the tokens are spelled.
 """
 
 from __future__ import annotations
@@ -26,6 +26,10 @@ MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024
 GPT2_BOS, GPT2_VOCAB_SIZE = 50256, 50257
 SHARD_TOKENS = 100_000_000  # of the public FineWeb shards
 TEMPORARY_SUFFIX = ".tmp"
+TOKEN_BYTES = "tokens.bin"
+
+# Before huggingface_hub is imported, which would first ask the hub for a list of AI agents, for its User-Agent.
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 
 class ShardError(Exception):
@@ -172,6 +176,29 @@ def write_shard(path: Path, parts: Iterable[np.ndarray], bos: int, most: int) ->
         file.seek(0)
         file.write(shard_header(tokens))
     return {"sha256": sha256_of(path), "tokens": tokens, "documents": documents, **fingerprint(path)}
+
+
+def token_bytes(spelled: list[bytes]) -> bytes:
+    """Content of tokens.bin, by which train_gpt.py knows which tokens begin with which.
+
+    It has the length of each token, then the bytes of all, each a uint16. `spelled` has the bytes of each token of the
+    vocabulary, none of BOS and others that no text contains.
+    """
+    numbers = [*map(len, spelled), *b"".join(spelled)]
+    return shard_header(len(numbers)) + struct.pack(f"<{len(numbers)}H", *numbers)
+
+
+PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that stand for themselves in `byte_level`
+BYTE_OF = {chr(256 + i): byte for i, byte in enumerate(sorted({*range(256)} - {*PRINTABLE}))}
+BYTE_OF |= {chr(byte): byte for byte in PRINTABLE}
+
+
+def byte_level(token: str) -> bytes:
+    """The bytes of a token as the vocabularies of GPT-2 and its kin print it, one character for each byte.
+
+    None of one with other characters, which no text contains.
+    """
+    return bytes(BYTE_OF[character] for character in token) if BYTE_OF.keys() >= set(token) else b""
 
 
 def refuse_strangers(folder: Path, mine: str | tuple[()]) -> None:

@@ -1,4 +1,4 @@
-"""A Hugging Face hub on 127.0.0.1 that serves the files of one dataset repo by plain HTTP, with faults on demand."""
+"""A Hugging Face hub on 127.0.0.1 that serves a dataset repo and GPT-2's vocabulary, with faults on demand."""
 
 import hashlib
 import json
@@ -24,16 +24,18 @@ class Fault:
 class HubServer(ThreadingHTTPServer):
     """`faults[name]`: the faults of the next GETs of a file, in their order; `always[name]`: of all others.
 
-    `bytes_per_second` slows down each file.
+    `revisions` has the files of each commit, the last one being the present one; `bytes_per_second` slows down each
+    file.
     """
 
     daemon_threads = True
     request_queue_size = 64
 
-    def __init__(self, repo: str, files: dict[str, bytes]):
+    def __init__(self, repo: str, files: dict[str, bytes], vocabulary: bytes | None = None):
         super().__init__(("127.0.0.1", 0), Handler)
         self.repo = repo
-        self.files = files
+        self.revisions = {COMMIT: files}
+        self.vocabulary = vocabulary
         self.faults: dict[str, list[Fault]] = {}
         self.always: dict[str, Fault] = {}
         self.bytes_per_second: float | None = None
@@ -86,15 +88,25 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self) -> None:
         server, path = self.server, unquote(self.path.split("?")[0])
         server.requests.append((self.command, path))
-        api, files = f"/api/datasets/{server.repo}", f"/datasets/{server.repo}/resolve/"
-        if path == api:
-            siblings = [self.described(name, content) for name, content in server.files.items()]
-            answer = {"id": server.repo, "sha": COMMIT, "siblings": [{"rfilename": "README.md"}, *siblings]}
-            return self.reply(200, json.dumps(answer).encode())
-        for revision in (COMMIT, "main"):
-            name = path.removeprefix(f"{files}{revision}/")
-            if name in server.files:
-                return self.send_file(name, server.files[name])
+        api, resolve = f"/api/datasets/{server.repo}", f"/datasets/{server.repo}/resolve"
+        if path == "/api/models/openai-community/gpt2":
+            return self.reply(200, json.dumps({"id": "openai-community/gpt2"}).encode())
+        if path == "/openai-community/gpt2/resolve/main/vocab.json" and server.vocabulary is not None:
+            return self.send_file("vocab.json", server.vocabulary)
+        present = [*server.revisions][-1]
+        path = f"{api}/revision/{present}" if path == api else path.replace("/main", f"/{present}", 1)
+        for commit, files in server.revisions.items():
+            if path == f"{api}/revision/{commit}":
+                siblings = [self.described(name, content) for name, content in files.items()]
+                answer = {"id": server.repo, "sha": commit, "siblings": [{"rfilename": "README.md"}, *siblings]}
+                return self.reply(200, json.dumps(answer).encode())
+            if (name := path.removeprefix(f"{resolve}/{commit}/")) in files:
+                return self.send_file(name, files[name])
+            folder = path.removeprefix(f"{api}/tree/{commit}/") + "/"
+            if inside := [name for name in files if name.startswith(folder)]:
+                entries = [{"type": "file", "oid": "0", "size": len(files[name]), "path": name} for name in inside]
+                entries.append({"type": "directory", "oid": "1", "path": folder + "more"})
+                return self.reply(200, json.dumps(entries[::-1]).encode())
         self.reply(404, X_Error_Code="EntryNotFound", X_Error_Message="Entry not found")
 
     def described(self, name: str, content: bytes) -> dict:

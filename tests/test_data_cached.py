@@ -14,12 +14,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
+import numpy as np
 import pytest
+import tiktoken
+from conftest import run_process, tiny_options, write_shard
 from hub_server import Fault, HubServer
 
 import cached_fineweb10B as script
+import train_gpt
 
 SCRIPT = Path(script.__file__).resolve()
 REPO = "kjj0/fineweb10B-gpt2"
@@ -31,6 +36,7 @@ START = f"""
 import os, signal, sys
 sys.path.insert(0, {str(SCRIPT.parent)!r})
 import cached_fineweb10B as script
+script.TOKEN_BYTES_SHA256 = {{!r}}
 {{}}
 script.main()
 """
@@ -42,6 +48,23 @@ def shard(num_tokens: int, seed: int = 0) -> bytes:
     return header + random.Random(seed).randbytes(2 * num_tokens)
 
 
+def vocabulary() -> tuple[bytes, list[bytes]]:
+    """An invented vocab.json of GPT-2's size and format, and the bytes of its tokens, of the last, BOS, none.
+
+    In the file a byte has the character that Latin-1 has for it where that can be seen, the others those from 256 on.
+    """
+    seen = [chr(i).isprintable() and not chr(i).isspace() for i in range(256)]
+    printed = [chr(i) if seen[i] else chr(256 + seen[:i].count(False)) for i in range(256)]
+    tokens = [bytes([i]) for i in range(256)] + [bytes([i, j]) for i in range(200) for j in range(250)]
+    vocab = {"".join(printed[byte] for byte in token): i for i, token in enumerate(tokens)} | {"<|endoftext|>": 50256}
+    shuffled = random.Random(0).sample(sorted(vocab.items()), len(vocab))
+    return json.dumps(dict(shuffled)).encode(), [*tokens, b""]
+
+
+VOCABULARY, SPELLED = vocabulary()
+NUMBERS = [*map(len, SPELLED), *b"".join(SPELLED)]
+TOKEN_BYTES = struct.pack(f"<256i{len(NUMBERS)}H", 20240520, 1, len(NUMBERS), *[0] * 253, *NUMBERS)
+TOKEN_BYTES_SHA256 = hashlib.sha256(TOKEN_BYTES).hexdigest()
 FILES = {name: shard(50_000 + 10_000 * i, seed=i) for i, name in enumerate([VAL, *TRAIN[:9]])}
 
 
@@ -56,13 +79,20 @@ class Site:
 
     def __init__(self, folder: Path, repo: str = REPO, files: dict[str, bytes] = FILES):
         self.folder, self.out = folder, folder / "out"
-        self.hub = HubServer(repo, files)
+        self.hub = HubServer(repo, files, VOCABULARY)
         drop = ("hf_", "hugging", "http_", "https_", "all_", "no_")
         self.env = {k: v for k, v in os.environ.items() if not k.lower().startswith(drop)}
         self.env |= {"HF_ENDPOINT": self.hub.endpoint, "HF_HOME": str(folder / "home")}
 
     def start(self, *args: object, line: str = "") -> subprocess.Popen:
-        command = [sys.executable, "-c", START.format(line), *map(str, args), "--out", str(self.out)]
+        command = [
+            sys.executable,
+            "-c",
+            START.format(TOKEN_BYTES_SHA256, line),
+            *map(str, args),
+            "--out",
+            str(self.out),
+        ]
         pipe = subprocess.PIPE
         return subprocess.Popen(command, env=self.env, stdout=pipe, stderr=pipe, text=True)
 
@@ -79,6 +109,8 @@ class Site:
         result, stdout, stderr = 0, io.StringIO(), io.StringIO()
         endpoint = self.env["HF_ENDPOINT"]
         with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(script, "TOKEN_BYTES_SHA256", TOKEN_BYTES_SHA256)
+            patch.setattr(constants, "HF_HUB_CACHE", self.env["HF_HOME"])
             patch.setattr(constants, "ENDPOINT", endpoint)
             patch.setattr(
                 constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}"
@@ -100,7 +132,7 @@ class Site:
         return result
 
     def named(self) -> list[str]:
-        return sorted(path.name for path in self.out.glob("*.bin"))
+        return sorted(path.name for path in self.out.glob("fineweb*.bin"))
 
     def has(self, *names: str) -> None:
         """Exactly these files have final names, bit-identical with the hub's."""
@@ -152,7 +184,7 @@ def test_fetches_the_validation_shard_then_nine(site: Site):
     assert "found the validation shard and 9 train shards" in site.run().stdout
     assert "found the validation shard and 3 train shards" in site.run(3).stdout
     assert len(site.hub.requests) == asked
-    assert sorted(path.name for path in site.out.iterdir()) == sorted([".lock", "sha256.json", *FILES])
+    assert {path.name for path in site.out.iterdir()} == {".lock", "sha256.json", "tokens.bin", *FILES}
 
 
 def test_the_other_datasets(tmp_path: Path):
@@ -172,7 +204,8 @@ def test_the_script_itself_writes_beside_itself(site: Site):
     data = site.folder / "data"
     data.mkdir()
     for name in ("cached_fineweb10B.py", "shards.py"):
-        shutil.copy(SCRIPT.with_name(name), data)
+        source = SCRIPT.with_name(name).read_text().replace(script.TOKEN_BYTES_SHA256, TOKEN_BYTES_SHA256)
+        (data / name).write_text(source)
     command = [sys.executable, "data/cached_fineweb10B.py", "1"]
     subprocess.run(command, env=site.env, cwd=site.folder, check=True, capture_output=True, timeout=60)
     site.out = data / "fineweb10B"
@@ -201,6 +234,81 @@ def test_a_folder_of_another_dataset_is_refused(site: Site):
     result = site.call(1, "--dataset", "fineweb100B", code=1)
     assert "holds shards of kjj0/fineweb10B-gpt2" in result.stderr and "--out" in result.stderr
     site.has(VAL, ONE)
+
+
+# ---- how tokens are spelled ----
+
+
+def test_tokens_bin_comes_to_shards_that_are_there(site: Site):
+    """Fetched by a former version, say, or damaged; no shard is fetched again, and once it is there no one is asked."""
+    site.call(1)
+    path, gets = site.out / "tokens.bin", site.hub.gets(ONE)
+    assert path.read_bytes() == TOKEN_BYTES and train_gpt.read_token_bytes(site.out, 50257) == SPELLED
+    for damage in (path.unlink, lambda: path.write_bytes(TOKEN_BYTES[:-2]), lambda: path.write_bytes(b"")):
+        damage()
+        assert "found" in site.call(1).stdout
+        assert path.read_bytes() == TOKEN_BYTES
+    asked = len(site.hub.requests)
+    site.call(1)
+    assert len(site.hub.requests) == asked and site.hub.gets(ONE) == gets
+
+
+@pytest.mark.parametrize("vocabulary", [None, VOCABULARY.replace(b'"!a"', b'"!!a"'), b"{}", b"<html>"])
+def test_without_a_vocabulary_there_are_shards_to_train_on(site: Site, vocabulary: bytes | None, monkeypatch):
+    """`./run.sh small --no-prefix-loss` has to get to its run: catches an exit code, and tokens of other bytes."""
+    site.hub.vocabulary = vocabulary
+    monkeypatch.setitem(sys.modules, "tiktoken", None)
+    result = site.call(1)
+    site.has(VAL, ONE)
+    assert not (site.out / "tokens.bin").exists()
+    for said in (f"notice: no {site.out / 'tokens.bin'}", "--no-prefix-loss", "by_hub: ", "by_tiktoken: "):
+        assert said in result.stderr
+
+    encoding = SimpleNamespace(decode_single_token_bytes=SPELLED.__getitem__)
+    monkeypatch.setitem(sys.modules, "tiktoken", SimpleNamespace(get_encoding={"gpt2": encoding}.get))
+    assert "notice" not in site.call(1).stderr
+    assert (site.out / "tokens.bin").read_bytes() == TOKEN_BYTES
+
+
+def test_complete_shards_without_network(site: Site):
+    """As on a node of a cluster: a notice soon, and the run can begin."""
+    site.call(1)
+    (site.out / "tokens.bin").unlink()
+    shutil.rmtree(site.env["HF_HOME"])
+    site.env |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HTTPS_PROXY": "http://127.0.0.1:9"}
+    start = time.perf_counter()
+    result = site.run(1)
+    assert "found" in result.stdout and "--no-prefix-loss" in result.stderr
+    assert time.perf_counter() - start < 8
+
+
+def test_the_digest_is_that_of_gpt2(tmp_path: Path):
+    """By tiktoken, which verifies GPT-2's files itself."""
+    try:
+        gpt2 = tiktoken.get_encoding("gpt2")
+    except Exception as error:
+        pytest.skip(f"needs network or the cache of tiktoken: {error}")
+    spelled = [*map(gpt2.decode_single_token_bytes, range(50256)), b""]
+    numbers = np.array([*map(len, spelled), *b"".join(spelled)])
+    path = write_shard(tmp_path / "tokens.bin", numbers)
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == script.TOKEN_BYTES_SHA256
+
+
+def test_small_trains_on_it(tmp_path: Path):
+    """A tiny `small`, with GPT-2's vocabulary and BOS, and its prediction of prefixes."""
+    rng = random.Random(0)
+    tokens = [50256 if i % 30 == 0 else rng.randrange(50256) for i in range(20_000)]
+    content = struct.pack("<256i", 20240520, 1, len(tokens), *[0] * 253) + struct.pack(f"<{len(tokens)}H", *tokens)
+    site = Site(tmp_path, files={VAL: content, ONE: content})
+    site.call(1)
+    options = ["--data-dir", site.out, "--log-dir", site.folder / "logs", "--device", "cpu", "--sample-tokens", "0"]
+    command = [sys.executable, Path(train_gpt.__file__), "small", *tiny_options(), *options]
+    result = run_process([*command, "--max-steps", "3", "--no-warmup"])
+    assert result.returncode == 0, result.stderr
+    (site.out / "tokens.bin").unlink()
+    result = run_process([*command, "--max-steps", "1", "--no-warmup"])
+    assert result.returncode == 1 and "tokens.bin is missing" in result.stderr, "it was read"
+    site.hub.close()
 
 
 # ---- a bad line ----
@@ -319,6 +427,9 @@ def test_a_read_only_folder_that_is_complete_is_enough(site: Site):
     assert result.returncode == 0 and "found" in result.stdout, result.stderr
     result = subprocess.run(read_only(command.format(2), site.out), env=site.env, capture_output=True, text=True)
     assert result.returncode == 1 and "cannot write into" in result.stderr and "Traceback" not in result.stderr
+    (site.out / "tokens.bin").unlink()
+    result = subprocess.run(read_only(command.format(1), site.out), env=site.env, capture_output=True, text=True)
+    assert result.returncode == 0 and "found" in result.stdout and "--no-prefix-loss" in result.stderr, result.stderr
 
 
 # ---- kills, full disks, others ----
@@ -352,7 +463,7 @@ def test_killed_downloads_go_on_shard_by_shard(site: Site):
     site.run()
     site.has(*FILES)
     assert {name: site.hub.gets(name) for name in complete} == complete, "fetched again"
-    assert sorted(path.name for path in site.out.iterdir()) == sorted([".lock", "sha256.json", *FILES])
+    assert {path.name for path in site.out.iterdir()} == {".lock", "sha256.json", "tokens.bin", *FILES}
 
 
 @pytest.mark.parametrize("kill_at", [1, 2, 3])

@@ -53,6 +53,15 @@ def test_the_table_counts_documents_and_their_lengths(tmp_path: Path):
     assert [int(c) for c in columns[4:]] == [round(np.quantile(lengths, q)) for q in check.QUANTILES] + [check.CHUNK]
 
 
+def test_the_bytes_of_tokens_are_no_documents(tmp_path: Path):
+    """`DIR/*.bin` has tokens.bin, too: catches one refused for want of a BOS, and a cut one let through."""
+    shard = write_shard(tmp_path / "a_train_000001.bin", flat(documents([10, 20])))
+    spelled = write_shard(tmp_path / "tokens.bin", [1, 2, 0, 65_000, 66, 67])
+    assert str(spelled) not in run(shard, spelled).stdout
+    spelled.write_bytes(spelled.read_bytes()[:-1])
+    assert "1 of 2 shards are damaged" in run(shard, spelled, code=1).stderr
+
+
 def test_repeated_documents_are_counted_in_and_across_shards(tmp_path: Path):
     """A repeat differs from a document with the same beginning, length or tokens in another order."""
     a, b, c, d = documents([50, 50, 60, 70])

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import gzip
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -24,7 +25,8 @@ import pyarrow.parquet
 import pytest
 import tiktoken
 import tokenizers
-from conftest import cpu, kill_before_rename, tiny_track
+from conftest import cpu, kill_before_rename, run_process, tiny_options, tiny_track
+from hub_server import Fault, HubServer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiktoken_ext.openai_public import r50k_pat_str
@@ -178,7 +180,7 @@ def run(out: Path, *options, code: int = 0, env: dict | None = None, **more) -> 
 
 
 def shards(out: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in out.glob("*.bin")}
+    return {path.name: path.read_bytes() for path in out.glob("fineweb_*.bin")}
 
 
 def assert_same(found: dict[str, bytes], wanted: dict[str, bytes]) -> None:
@@ -201,7 +203,9 @@ def test_shards_are_those_of_a_naive_writer(tmp_path, corpus, truth, vocabulary,
     num_documents = sum(1 for text in sources if text)
     assert f"wrote {num_documents:,} documents, {num_tokens:,} tokens in {len(truth)} shards" in output
     assert len(truth) > 8
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted([".lock", "fineweb.json", *truth])
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
+        [".lock", "fineweb.json", "tokens.bin", *truth]
+    )
 
 
 def test_formats_mix_and_fields_have_names(tmp_path):
@@ -737,6 +741,197 @@ def test_memory_for_one_giant_document(tmp_path, vocabulary, suffix):
     assert peak < 7 * size
 
 
+# The hub
+
+
+HUB = "hf://datasets/HuggingFaceFW/fineweb/sample/10BT"
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[HubServer]:
+    """Three parquet files of 600 documents in a folder, and others around it, which are not parquet."""
+    files = {"README.md": b"x", "sample/10BT/notes.md": b"x", "sample/100BT/000_00000.parquet": b"x"}
+    server = HubServer("HuggingFaceFW/fineweb", files | parquet_files(tmp_path, HUB_TEXTS))
+    yield server
+    server.close()
+
+
+HUB_TEXTS = [f"document {i} " * 1500 for i in range(600)]  # so that there are shards before the last file
+
+
+def parquet_files(folder: Path, texts: list[str]) -> dict[str, bytes]:
+    files = {}
+    for i in range(3):
+        write_documents(folder / "one.parquet", texts[i * len(texts) // 3 : (i + 1) * len(texts) // 3])
+        files[f"sample/10BT/{i:03d}_00000.parquet"] = (folder / "one.parquet").read_bytes()
+    return files
+
+
+def hub_environment(hub: HubServer, tmp_path: Path) -> dict[str, str]:
+    env = environment(HF_ENDPOINT=hub.endpoint, HF_HOME=str(tmp_path / "hf"))
+    return {key: value for key, value in env.items() if key not in ("HF_HUB_OFFLINE", "HF_TOKEN")}
+
+
+def test_the_hub(tmp_path, hub):
+    """Catches a wrong order of files, other folders read, a cut answer taken for whole, files kept, a refusal at once
+    where the hub is only busy, and a restart that takes another revision."""
+    first, last = "sample/10BT/000_00000.parquet", "sample/10BT/002_00000.parquet"
+    hub.faults[first] = [Fault(cut_after=5000), Fault(status=503)]
+    hub.always[last] = Fault(status=403)
+    out, options = tmp_path / "out", ["--input", HUB, "--tokenizer", "bytes", "--shard-tokens", "1M"]
+    env = hub_environment(hub, tmp_path)
+    output = run(out, *options, code=1, env=env)
+    assert f"{last} cannot be read at its row 1: " in output and hub.endpoint in output
+    assert "the same command goes on" in output and "HF_ENDPOINT" in output
+    assert not hub.faults[first], "both were met"
+    wanted = expected(HUB_TEXTS, 1_000_000)
+    assert 0 < len(shards(out)) < len(wanted) and shards(out).items() <= wanted.items()
+
+    del hub.always[last]
+    hub.revisions["a" * 40] = parquet_files(tmp_path, ["other text"] * 600)
+    hub.requests.clear()
+    run(out, *options, env=env)
+    assert_same(shards(out), wanted)
+    assert not [path for _, path in hub.requests if "a" * 40 in path or "/main" in path]
+    others = {path.name for path in out.iterdir()} - wanted.keys()
+    assert others == {".lock", "fineweb.json", "tokens.bin"}
+    assert not [path for path in (tmp_path / "hf").rglob("*.parquet")], "files are not kept"
+    assert "found 600 documents" in run(out, *options, env=environment(HF_ENDPOINT="http://127.0.0.1:9"))
+
+    (tmp_path / "other").mkdir()
+    write_documents(tmp_path / "other/a.jsonl.gz", ["one", "two"])
+    hub.revisions["b" * 40] = {"x/a.jsonl.gz": (tmp_path / "other/a.jsonl.gz").read_bytes()}
+    options[1:2] = ["hf://datasets/HuggingFaceFW/fineweb/x/a.jsonl.gz", str(tmp_path / "other")]
+    run(tmp_path / "mixed", *options, env=env)
+    assert_same(shards(tmp_path / "mixed"), expected(["one", "two"] * 2, 1_000_000))
+
+
+def test_a_hub_that_cannot_be_reached_or_lacks_the_folder(tmp_path, hub):
+    """One message, soon, with the ways out; nothing is written."""
+    env = hub_environment(hub, tmp_path)
+    for name, endpoint, said in [
+        (HUB, "http://127.0.0.1:9", "10BT cannot be listed: "),
+        (HUB.replace("fineweb", "finemath"), hub.endpoint, "10BT cannot be listed: "),
+        (HUB + "0", hub.endpoint, "10BT0: expected a file .jsonl"),
+        (HUB + "/notes.md", hub.endpoint, "notes.md: expected a file .jsonl"),
+    ]:
+        began, options = time.perf_counter(), ["--input", name, "--tokenizer", "bytes"]
+        output = run(tmp_path / "out", *options, code=1, env=env | {"HF_ENDPOINT": endpoint})
+        assert said in output and (hub.endpoint == endpoint or "HF_ENDPOINT" in output), output
+        assert time.perf_counter() - began < 15
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
+
+
+# How tokens are spelled
+
+
+def token_bytes(path: Path) -> list[bytes]:
+    """What tokens.bin says, read here independently: lengths up to the one at which all bytes are accounted for."""
+    numbers = np.frombuffer(path.read_bytes()[1024:], "<u2").tolist()
+    size = next(n for n in range(len(numbers) + 1) if n + sum(numbers[:n]) == len(numbers))
+    ends = np.cumsum([0, *numbers[:size]])
+    return [bytes(numbers[size + a : size + b]) for a, b in itertools.pairwise(ends)]
+
+
+def metaspace_bpe(texts: list[str]) -> tokenizers.Tokenizer:
+    """As Llama's: a space is part of the token after it, bytes where a character is unknown."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(byte_fallback=True, unk_token="<unk>"))
+    tokenizer.normalizer = tokenizers.normalizers.Sequence(
+        [tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")]
+    )
+    tokenizer.decoder = tokenizers.decoders.Sequence(
+        [
+            tokenizers.decoders.Replace("▁", " "),
+            tokenizers.decoders.ByteFallback(),
+            tokenizers.decoders.Fuse(),
+            tokenizers.decoders.Strip(" ", 1, 0),
+        ]
+    )
+    special = ["<unk>", "<s>", *(f"<0x{i:02X}>" for i in range(256))]
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=1200, special_tokens=special[:2], show_progress=False)
+    trainer.limit_alphabet = 60
+    tokenizer.train_from_iterator(texts, trainer)
+    state = json.loads(tokenizer.to_str())
+    for name in special[2:]:
+        state["model"]["vocab"][name] = len(state["model"]["vocab"])
+    return tokenizers.Tokenizer.from_str(json.dumps(state))
+
+
+def metaspace_unigram(texts: list[str]) -> tokenizers.Tokenizer:
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.Unigram())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    tokenizer.decoder = tokenizers.decoders.Metaspace()
+    trainer = tokenizers.trainers.UnigramTrainer(
+        vocab_size=800, special_tokens=["<unk>"], unk_token="<unk>", show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_special_tokens(["<s>"])
+    return tokenizer
+
+
+@pytest.mark.parametrize("kind", ["tiktoken", "byte level", "metaspace", "unigram", "bytes"])
+def test_the_bytes_of_tokens_are_those_of_the_text(tmp_path, vocabulary, sources, kind):
+    """Joined, they are what was tokenized: catches characters taken for bytes, lost spaces, BOS and specials spelled,
+    numbers that are off by one."""
+    texts = [text for text in (*sources[200:260], *UNICODE) if text.strip(" ") == text and "endoftext" not in text]
+    out, bos, begin = tmp_path / "out", "<s>", b" "
+    match kind:
+        case "tiktoken":
+            name, bos, begin = ENCODING, "<|endoftext|>", b""
+        case "byte level":
+            plain = tokenizers.Tokenizer.from_file(str(vocabulary.file))
+            plain.add_tokens(["\t\t\t\t", "ganz ä"])
+            plain.add_special_tokens(["<pad>"])
+            texts.append("x\t\t\t\tganz äy")
+            bos, begin = "<|endoftext|>", b""
+        case "metaspace":
+            plain = metaspace_bpe(texts)
+        case "unigram":
+            texts = [prose(3000, i).replace("\n", " ").strip().replace("  ", " ") for i in range(5)]
+            plain = metaspace_unigram(texts)
+        case "bytes":
+            name, begin = kind, b""
+    if kind not in ("tiktoken", "bytes"):
+        name = str(tmp_path / "tokenizer.json")
+        plain.save(name)
+    write_documents(tmp_path / "a.jsonl", texts)
+    options = ["--input", tmp_path / "a.jsonl", "--tokenizer", name, "--bos", bos, "--shard-tokens", "100M"]
+    run(out, *options, env=environment(PYTHONPATH=str(vocabulary.folder)))
+    spelled, record = token_bytes(out / "tokens.bin"), json.loads((out / "fineweb.json").read_text())
+    assert len(spelled) == record["vocab_size"] and spelled[record["bos"]] == b""
+    assert train_gpt.read_token_bytes(out, record["vocab_size"]) == spelled
+    documents = documents_of(shards(out), "val", record["bos"])
+    for text, document in zip(texts, documents, strict=True):
+        assert b"".join(spelled[token] for token in document) == begin + text.encode()
+    if kind not in ("tiktoken", "bytes"):
+        unspelled = {plain.id_to_token(token) for token, text in enumerate(spelled) if not text}
+        assert unspelled <= {"<unk>", "<s>", "<pad>", "<|endoftext|>"}
+    else:
+        assert spelled.count(b"") == 1
+
+
+def test_word_pieces_are_spelled_with_their_space(tmp_path):
+    """`play` and `##play` are other bytes; the decoder of the library joins them in the same way."""
+    pieces = ["[UNK]", "[CLS]", "play", "##ing", "##i", "##play", "."]
+    plain = tokenizers.Tokenizer(tokenizers.models.WordPiece({p: i for i, p in enumerate(pieces)}, unk_token="[UNK]"))
+    plain.add_special_tokens(["[UNK]", "[CLS]"])
+    plain.decoder = tokenizers.decoders.WordPiece()
+    assert fineweb.spelled_by_file(plain) == [b"", b"", b" play", b"ing", b"i", b"play", b"."]
+
+
+def test_tokens_bin_comes_to_shards_that_are_there(tmp_path):
+    """Written by a former version, say: it is added, and nothing else changes."""
+    write_documents(tmp_path / "a.jsonl", ["abc"] * 100)
+    out, options = tmp_path / "out", ["--input", tmp_path / "a.jsonl", "--tokenizer", "bytes", "--shard-tokens", 150]
+    run(out, *options)
+    wanted = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in out.glob("fineweb*")}
+    content = (out / "tokens.bin").read_bytes()
+    (out / "tokens.bin").unlink()
+    assert "found 100 documents" in run(out, *options)
+    assert (out / "tokens.bin").read_bytes() == content
+    assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in out.glob("fineweb*")} == wanted
+
+
 # Input that is wrong
 
 
@@ -869,3 +1064,16 @@ def test_gpt2_without_network_says_the_ways_out(tmp_path):
     assert (
         "tokenizer gpt2 cannot be loaded" in output and "TIKTOKEN_CACHE_DIR" in output and "--tokenizer FILE" in output
     )
+
+
+def test_small_trains_on_it(tmp_path, vocabulary, sources):
+    """A tiny `small` with another vocabulary and its prediction of prefixes; catches another format of tokens.bin."""
+    write_documents(tmp_path / "a.jsonl", sources[:200])
+    run(tmp_path / "out", "--input", tmp_path / "a.jsonl", "--tokenizer", vocabulary.file)
+    options = [*tiny_options(), "--model.vocab-size", 1257, "--data.bos", 1256, "--sample-tokens", 0, "--device", "cpu"]
+    options += ["--data-dir", tmp_path / "out", "--log-dir", tmp_path / "logs", "--max-steps", 3, "--no-warmup"]
+    result = run_process([sys.executable, Path(train_gpt.__file__), "small", *options])
+    assert result.returncode == 0, result.stderr
+    (tmp_path / "out/tokens.bin").unlink()
+    result = run_process([sys.executable, Path(train_gpt.__file__), "small", *options])
+    assert result.returncode == 1 and "tokens.bin is missing" in result.stderr, "it was read"

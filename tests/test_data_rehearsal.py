@@ -19,6 +19,7 @@ import pytest
 from conftest import REPO, kill_before_rename, run_process, tiny_options
 from scipy import stats
 
+import train_gpt
 from data import rehearsal
 
 SCRIPT = Path(rehearsal.__file__).resolve()
@@ -75,7 +76,7 @@ def described(folder: Path) -> dict:
 
 
 def shards(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.bin"))}
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("rehearsal_*.bin"))}
 
 
 def tokens_of(path: Path) -> np.ndarray:
@@ -344,12 +345,24 @@ def test_sidecar_describes_the_shards(small: Path):
     assert (sidecar["bos"], sidecar["vocab_size"]) == (299, 300)
 
 
+def test_tokens_begin_with_more_frequent_ones(small: Path, tmp_path: Path):
+    """Their bytes are invented, but not by chance, and come to shards that are there; catches BOS among them."""
+    out = copy(small, tmp_path / "out")
+    spelled = train_gpt.read_token_bytes(out, 300)
+    assert [spelled[i] for i in (0, 9, 123, 298, 299)] == [b"0", b"9", b"123", b"298", b""]
+    prefixes = train_gpt.prefix_tokens(spelled)
+    assert prefixes[:10] == [-1] * 10 and prefixes[10:299] == [i // 10 for i in range(10, 299)] and prefixes[299] == -1
+    (out / "tokens.bin").unlink()
+    assert "found 90,000 train" in make(out, SMALL).stdout
+    assert (out / "tokens.bin").read_bytes() == (small / "tokens.bin").read_bytes()
+
+
 def test_seeds_shards_and_blocks_differ(small: Path, tmp_path: Path):
     """Catches a stream that repeats itself."""
     make(tmp_path, {**SMALL, "seed": 1})
     one, other = shards(small), shards(tmp_path)
     assert all(one[name] != other[name] for name in one)
-    documents = [tuple(d) for out in (small, tmp_path) for d in documents_of(out, "*.bin") if len(d) > 30]
+    documents = [tuple(d) for out in (small, tmp_path) for d in documents_of(out, "rehearsal_*.bin") if len(d) > 30]
     assert len(set(documents)) == len(documents) > 1000
 
 
@@ -486,7 +499,7 @@ def test_a_full_disk_is_a_message_and_spares_finished_shards(small: Path, tmp_pa
 
 
 def test_too_little_space_is_said_before_the_first_byte(tmp_path: Path):
-    hook = "import shutil\nshutil.disk_usage = lambda path: type('', (), {'free': 4_000_000})()"
+    hook = "import shutil\nshutil.disk_usage = lambda path: type('', (), {'free': 1_200_000})()"
     error = make(tmp_path / "out", SMALL, code=1, before=hook).stderr
     assert "free" in error and "make room" in error
     assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]

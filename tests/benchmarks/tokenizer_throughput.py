@@ -79,7 +79,7 @@ def main() -> None:
             subprocess.run([*command, "--out", out], env=environment, check=True, stdout=subprocess.DEVNULL)
             ours.append(tokens / (time.perf_counter() - began))
             cpu_ratios.append((cpu_between - cpu_began) / (sum(os.times()[:4]) - cpu_between))
-            assert sum((path.stat().st_size - 1024) // 2 for path in out.glob("*.bin")) == tokens
+            assert sum((path.stat().st_size - 1024) // 2 for path in out.glob("fineweb_*.bin")) == tokens
             load = f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown"
             print(
                 f"pair {turn + 1}: tiktoken {theirs[-1]:,.0f} tokens/s, data/fineweb.py {ours[-1]:,.0f} tokens/s, "
