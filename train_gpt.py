@@ -3271,7 +3271,7 @@ class Trainer:
         self.loader = Loader(track, data_dir, runtime, self.identities)
         self.validation_tokens = validation_tokens(track, data_dir, self.identities)
         self.token_bytes: list[bytes] | None = None
-        if track.prefix_loss and any(max(stage.prefix_weight) > 0 for stage in track.schedule.stages):
+        if track.prefix_loss and any(max(stage.prefix_weight) > 0 for stage, _ in track.schedule.parts()):
             self.token_bytes = read_token_bytes(data_dir, track.model.vocab_size)
             self.identities.opened(data_dir / TOKEN_BYTES)
 
