@@ -161,7 +161,7 @@ def plain_loss(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tenso
     log_p = torch.log_softmax(23 / (1 + torch.exp(-(logits + 5) / 7.5)), dim=1)
     losses, first = [], []
     for t in range(len(logits)):
-        each = [-log_p[t, target] if target >= 0 else log_p.new_zeros(()) for target in targets[:, t]]
+        each = [-log_p[t, target] if target >= 0 else 0 * log_p[t, 0] for target in targets[:, t]]
         losses.append(sum(w * ce for w, ce in zip(weights, each, strict=True)))
         first.append(each[0])
     return torch.stack(losses), torch.stack(first)
