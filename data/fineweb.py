@@ -251,6 +251,8 @@ def read(files: list[dict], start: Place, settings: Settings) -> Iterator[Docume
             library = error.name.partition(".")[0]
             raise ShardError(f"{name} needs {library}: pip install {library}") from None
         except Exception as error:  # each library has its own
+            if "DataLoader worker" in str(error):  # torch says it of a killed one wherever this process is
+                raise
             kind = HubError if name.startswith(HUB) else ShardError
             raise kind(f"{name} cannot be read at its {unit} {number + 2}: {error}") from error
 
