@@ -23,6 +23,7 @@ import functools
 import hashlib
 import importlib.util
 import inspect
+import itertools
 import json
 import math
 import os
@@ -40,7 +41,6 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, NoReturn
 
@@ -234,14 +234,15 @@ class ModelConfig:
         gates = [Output("xsa", i, 0.0, heads) for i in self.xsa_layers if i in attention]
         gates += [Output("gate", i, 0.25, heads) for i in self.gated_layers if i in attention]
         for i in range(self.num_layers):
-            gates += [Output("attention", i, 0.0, source="x0")] if i in usual else []
-            # The attention of layer 0 sees n-grams as well.
-            place = "attention" if i else "input"
+            gates += [Output("inject", i, 0.0, source="x0")] if i in usual else []
+            # Into layer 0 before its attention, which sees n-grams as well; into the others after it.
+            place = "inject" if i else "input"
             gates += [Output(place, i, self.ngram_weight, source="ngram")] if i in usual or i == 0 else []
         gates += [Output("skip", target, 0.5, source=f"out{i}") for i, target in self.skips if target <= last]
         for i in self.dc_layers:
             gates += [Output("dc_in", i, 1.0, heads), Output("dc_out", i, 0.0, heads)] if i in attention else []
-        split = last + 1 if self.second_gates is None else max(self.second_gates, 1)  # of layer 0: of what it is given
+        # The second network reads the output of the layer before `split`, so that there must be one.
+        split = last + 1 if self.second_gates is None else max(self.second_gates, 1)
         pre, post = [o for o in gates if o.layer < split], [o for o in gates if o.layer >= split]
 
         resid, branch = math.sqrt(1.1), 1.0  # weights of the residual stream, and of what attention or MLP adds to it
@@ -249,8 +250,8 @@ class ModelConfig:
         mixed_in += [Output("input", last, 0.0, source=source) for source in self.mix_in]
         mixed_in += [Output("value_gate", last, 2.0, 2)] if last in self.value_layers else []
         mixed_in += [Output("attention_resid", last, resid), Output("attention_branch", last, branch)]
-        mixed_in.append(Output("attention", last, 0.0, source="first"))
-        mixed_in.append(Output("attention", last, self.ngram_weight, source="ngram"))
+        mixed_in.append(Output("inject", last, 0.0, source="first"))
+        mixed_in.append(Output("inject", last, self.ngram_weight, source="ngram"))
         mixed_in += [Output("mlp_resid", last, resid), Output("mlp_branch", last, branch)]
         mixed_out = [Output("end", last, weight, source=source) for source, weight in self.mix_out]
 
@@ -258,20 +259,23 @@ class ModelConfig:
         networks = [
             Network("pre", pre, "x0", scale=None) if self.gate_networks else Network("gates", gates),
             Network("post", post if self.gate_networks else [], f"out{split - 1}", scale=None),
-            Network("mudd_in", [] if mixing is None else mixed_in, "last", scale=0.1),
-            Network("mudd_out", mixed_out, f"out{last}", scale=0.1),
+            Network("mix_in", [] if mixing is None else mixed_in, "last", scale=0.1),
+            Network("mix_out", mixed_out, f"out{last}", scale=0.1),
             Network("resid", [Output(f"{part}_resid", i, resid) for part, i in parts]),
             Network("branch", [Output(f"{part}_branch", i, branch) for part, i in parts]),
         ]
-        there = {"", "x0", "first", *(f"out{i}" for i in range(last))}
-        there |= {f"value{i}" for i in self.value_layers if i in attention}
-        there |= {"last"} if last else set()
-        there |= {"ngram"} if self.ngrams else set()
-        networks = [replace(n, outputs=tuple(o for o in n.outputs if o.source in there)) for n in networks]
+        known = {"", "x0", "first", *(f"out{i}" for i in range(last))}
+        known |= {f"value{i}" for i in self.value_layers if i in attention}
+        known |= {"last"} if last else set()
+        known |= {"ngram"} if self.ngrams else set()
+        networks = [replace(n, outputs=tuple(o for o in n.outputs if o.source in known)) for n in networks]
         return tuple(network for network in networks if network.outputs)
 
     def refuse_impossible(self) -> None:
         """Raise SpeedrunError where the numbers make no network."""
+        for name, value in vars(self).items():
+            if isinstance(value, tuple) and len(set(value)) < len(value):
+                raise SpeedrunError(f"model.{name} {value}: expected no entry twice.")
         pairs = 2 if self.mix_in or any(i < self.num_layers for i in self.paired_layers) else 1
         if self.num_layers < 1 or self.head_dim % 4 or self.num_heads % self.qk_heads or self.num_heads % pairs:
             raise SpeedrunError(
@@ -280,7 +284,7 @@ class ModelConfig:
             )
         if any(source >= target for source, target in self.skips):
             raise SpeedrunError(f"model.skips {self.skips}: a skip must lead to a later layer.")
-        if set(self.dc_layers) & set(self.paired_layers):
+        if set(self.dc_layers) & set(self.paired_layers) & set(self.attention_layers):
             raise SpeedrunError(f"model.dc_layers {self.dc_layers}: heads in pairs cannot be composed.")
         if self.gate_dim > self.width or self.gate_dim % 2:
             raise SpeedrunError(
@@ -303,6 +307,9 @@ class ModelConfig:
         # Where roles meet in a layer: heads in pairs cannot be composed, and the last layer keeps its attention.
         layers["paired_layers"] = tuple(i for i in layers["paired_layers"] if i not in layers["dc_layers"])
         layers["without_attention"] = tuple(i for i in layers["without_attention"] if i != num_layers - 1)
+        mix_out: dict[str, float] = {}
+        for name, weight in self.mix_out:
+            mix_out[stream(name)] = mix_out.get(stream(name), 0.0) + weight
         return replace(
             self,
             num_layers=num_layers,
@@ -311,7 +318,7 @@ class ModelConfig:
             late_input=None if self.late_input is None else place(self.late_input),
             second_gates=None if self.second_gates is None else place(self.second_gates),
             mix_in=tuple(dict.fromkeys(map(stream, self.mix_in))),
-            mix_out=tuple({stream(name): (stream(name), weight) for name, weight in self.mix_out}.values()),
+            mix_out=tuple(mix_out.items()),
         )
 
 
@@ -355,8 +362,8 @@ class Rules:
     pre: Rule = NETWORK
     post: Rule = NETWORK
     gates: Rule = replace(LAMBDA, betas=(0.65, 0.95))
-    mudd_in: Rule = replace(NETWORK, lr_mul=(0.25,))
-    mudd_out: Rule = replace(NETWORK, lr_mul=(0.25,))
+    mix_in: Rule = replace(NETWORK, lr_mul=(0.25,))
+    mix_out: Rule = replace(NETWORK, lr_mul=(0.25,))
     resid: Rule = replace(LAMBDA, betas=(0.9, 0.95))
     branch: Rule = replace(LAMBDA, lr_mul=(1.0,), betas=(0.9, 0.95))
     value_embeds: Rule = TABLE
@@ -474,7 +481,7 @@ class Schedule:
         """Frequencies and attention scale after all growth of the long window up to this step."""
         frequencies, attn_scale = base_frequencies(head_dim), self.attn_scale
         windows = [min(stage.windows[1], self.yarn_max_window) for stage, steps in self.parts() if steps.start <= step]
-        for before, after in pairwise(windows):
+        for before, after in itertools.pairwise(windows):
             frequencies, attn_scale = yarn(frequencies, attn_scale, before, after)
         return frequencies, attn_scale
 
@@ -827,11 +834,10 @@ def composed_attention(
 ) -> Tensor:  # (T, heads, D)
     """Dynamically composed heads (arXiv:2405.08553), of rank 1: a mix of all heads' attention, on each one's values."""
     queries, keys, values, mask = local_blocks(q, k, v, cu_seqlens, window)
-    scores = (queries @ keys * scale).to(wide(q.dtype)).masked_fill(~mask[:, None], -math.inf)
+    scores = (queries * scale @ keys).to(wide(q.dtype)).masked_fill(~mask[:, None], -math.inf)
     num_blocks, block = mask.shape[:2]
-    mix = (
-        F.pad(mix, (0, 0, 0, num_blocks * block - len(q))).unflatten(0, (num_blocks, block)).mT
-    )  # (num_blocks, H, block)
+    mix = F.pad(mix, (0, 0, 0, num_blocks * block - len(q)))
+    mix = mix.unflatten(0, (num_blocks, block)).mT  # (num_blocks, heads, block)
     composed = (scores.softmax(-1) * mix[..., None]).sum(1, keepdim=True).to(v.dtype)
     return (composed @ values.mT).transpose(1, 2).flatten(0, 1)[: len(q)]
 
@@ -1543,7 +1549,7 @@ class Optimizer:
         rule, world = self.rules[name], self.runtime.world_size
         option = f"--optimizer.rules.{name.partition('.')[0].replace('_', '-')}"
         adam = rule.kind == "adam"
-        if not adam and p.dim() != 3:
+        if not adam and not name.endswith("_bank"):
             raise SpeedrunError(
                 f"{option}.kind {rule.kind} is for banks of matrices, and {name} {tuple(p.shape)} is none: use adam."
             )
@@ -1631,14 +1637,15 @@ class Optimizer:
         touched (W, rows): those of each rank's gradient that are not zero. All ranks know them, from the tokens.
         """
         world, rank = touched.shape[0], self.runtime.rank
+        indices = lambda rows: self.runtime.to_device(torch.from_numpy(rows))
         by_owner = touched.reshape(world, world, -1).copy()  # (rank, owner, row of its piece)
         by_owner[range(world), range(world)] = False  # its own stay
         sent, come = by_owner[rank], [np.flatnonzero(rows) for rows in by_owner[:, rank]]
-        values = grad[self._indices(np.flatnonzero(sent))]
+        values = grad[indices(np.flatnonzero(sent))]
         sizes, sent_sizes = [len(rows) for rows in come], sent.sum(1).tolist()
         received = values.new_empty(sum(sizes), *grad.shape[1:])
         work = dist.all_to_all_single(received, values, sizes, sent_sizes, async_op=True)
-        piece, rows = grad.unflatten(0, (world, -1))[rank], self._indices(np.concatenate(come))
+        piece, rows = grad.unflatten(0, (world, -1))[rank], indices(np.concatenate(come))
 
         def wait() -> Tensor:
             work.wait()
@@ -1647,11 +1654,6 @@ class Optimizer:
             return piece.view(-1)
 
         return wait
-
-    def _indices(self, rows: np.ndarray) -> Tensor:
-        """Row numbers on the device, without waiting for it."""
-        indices = torch.from_numpy(rows)
-        return self.runtime.to_device(indices.pin_memory() if self.runtime.device.type == "cuda" else indices)
 
     @torch.no_grad()
     def step(self, settings: Settings) -> None:
@@ -1729,7 +1731,7 @@ class Row(NamedTuple):
     sign_rows: Tensor  # (N, T) int64, rows of the table of signs
 
     def to(self, runtime: Runtime) -> Row:
-        """The row on the device; the copies are asynchronous where it lies in pinned memory."""
+        """The row on the device."""
         return Row(*(runtime.to_device(value) if isinstance(value, Tensor) else value for value in self))
 
 
@@ -1788,18 +1790,22 @@ class Coefficients(nn.Module):
         return zip(self.layout.outputs, values.split(widths, dim=-1), strict=True)
 
 
-class Streams:
-    """The named streams of one forward pass, and the coefficients that are computed from them as they come."""
+class Streams(dict[str, Tensor]):
+    """The streams (T, d) of one forward pass by name, and the coefficients, which networks compute from them."""
 
     def __init__(self, model: GPT, x0: Tensor):
-        self.model, self.streams = model, {}
+        super().__init__()
+        self.model = model
         self.coefficients: dict[tuple[str, int], list[tuple[str, Tensor]]] = {}  # by role and layer, with the source
-        self.reach(None, x0)  # what reads nothing
-        self.reach("x0", x0)
+        self._compute(None, x0)
+        self["x0"] = x0
 
-    def reach(self, name: str | None, x: Tensor) -> None:
-        """A stream is there, for the networks that read it and for those who add it."""
-        self.streams[name] = x
+    def __setitem__(self, name: str, x: Tensor) -> None:
+        """A stream is there: the networks that read it compute their coefficients."""
+        super().__setitem__(name, x)
+        self._compute(name, x)
+
+    def _compute(self, name: str | None, x: Tensor) -> None:
         for network in self.model.networks:
             if network.layout.reads == name:
                 for output, value in network(x, getattr(self.model, "gate_scale", None)):
@@ -1818,7 +1824,7 @@ class Streams:
     def add(self, x: Tensor, role: str, layer: int, factor: Tensor | float = 1.0) -> Tensor:
         """x and all streams that have this role in the layer, each times its coefficient and the factor."""
         for source, weight in self.coefficients.get((role, layer), ()):
-            x = torch.addcmul(x, factor * weight, self.streams[source])
+            x = torch.addcmul(x, factor * weight, self[source])
         return x
 
 
@@ -1841,7 +1847,7 @@ class GPT(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         padded = lambda n: -(-n // runtime.world_size) * runtime.world_size  # the optimizer cuts a bank into W pieces
         uniform = lambda *shape: (torch.rand(shape, generator=generator) * 2 - 1) * (0.5 * math.sqrt(3 / d))
-        normal = lambda std, *shape: torch.randn(shape, generator=generator) * std
+        normal = lambda std, *shape: torch.randn(shape, generator=generator) * std if std else torch.zeros(shape)
 
         self.qk_each = 2 * H // config.qk_heads  # matrices of a layer: of Wq, then of Wk
         qk_bank = torch.zeros(padded(self.qk_each * num_attention), config.qk_heads * config.head_dim, d)
@@ -1881,8 +1887,8 @@ class GPT(nn.Module):
             self.add_module(network.name, Coefficients(network, d, config.network_width, runtime, generator))
         self.networks = tuple(self.children())
         if config.ngrams and config.ngram_signs:
-            # The same whatever the seed: not trained, and in no checkpoint.
-            signs = torch.randint(2, (config.ngram_signs, d), generator=torch.Generator().manual_seed(0)) * 2 - 1
+            # Not trained and in no checkpoint: whatever the seed, from a generator that numpy never changes.
+            signs = torch.from_numpy(np.random.RandomState(0).randint(2, size=(config.ngram_signs, d)) * 2 - 1)
             self.register_buffer("ngram_sign", signs.to(runtime.device, runtime.dtype), persistent=False)
         # The longest other token that each token begins with, -1: none; see `set_prefixes`.
         no_prefix = torch.full((V,), -1)
@@ -1908,9 +1914,9 @@ class GPT(nn.Module):
         """Add to `.grad` of the embeddings what `Lookup` has kept since the last call."""
         for name, sums in self.table_sums.items():
             p = getattr(self, name)
-            grad = torch.stack([total.to(p.dtype) for total in sums]).view_as(p)
-            p.grad = grad if p.grad is None else p.grad.add_(grad)
-            for total in sums:
+            p.grad = torch.empty_like(p)
+            for grad, total in zip(p.grad.view(-1, *p.shape[-2:]), sums, strict=True):
+                grad.copy_(total)
                 total.zero_()
 
     @torch.no_grad()
@@ -1923,28 +1929,29 @@ class GPT(nn.Module):
         row: Row,
         settings: Settings,
         weights: Tensor,
-        prefixes: bool = False,
+        prefix_weight: Tensor | None = None,
         head8: tuple[Tensor | None, Tensor | None] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Training loss of a row summed over its tokens, and the plain next-token loss summed likewise (detached).
 
-        weights (K,): of the predictions of token t+1 ... t+K; with prefixes the last is that of the prefix of token
-        t+1. head8: of `fp8_head`; None: made here.
+        weights (K,): of the predictions of token t+1 ... t+K. prefix_weight (1,): of that of the prefix of token t+1.
+        head8: of `fp8_head`; None: made here.
         """
         if head8 is None:
             head8 = self.fp8_head() if torch.is_grad_enabled() else (None, None)
-        return self._row_loss(row, self._context(row, settings), weights, prefixes, *head8)
+        return self._row_loss(row, self._context(row, settings), weights, prefix_weight, *head8)
 
     def _context(self, row: Row, settings: Settings, begin: int = 0) -> Context:
         end = begin + len(row.inputs)
         rotary = rotary_tables(settings.frequencies, begin, end, self.embed.device, self.embed.dtype)
         return Context(settings.windows, rotary, settings.attn_scale)
 
-    def _row_loss(self, row: Row, context: Context, weights: Tensor, prefixes: bool, head8, head8_T):
+    def _row_loss(self, row: Row, context: Context, weights: Tensor, prefix_weight: Tensor | None, head8, head8_T):
         x = self.hidden(row, context)
-        ahead = [F.pad(row.targets[k:], (0, k), value=-1) for k in range(weights.numel() - prefixes)]
-        if prefixes:
+        ahead = [F.pad(row.targets[k:], (0, k), value=-1) for k in range(len(weights))]
+        if prefix_weight is not None:
             ahead.append(self.prefix[row.targets])
+            weights = torch.cat((weights, prefix_weight))
         training, runtime = torch.is_grad_enabled(), self.runtime
         chunk = runtime.loss_chunk(len(x), self.config.padded_vocab)
         loss, nll, _, _ = torch.ops.speedrun.head_loss(
@@ -1964,25 +1971,26 @@ class GPT(nn.Module):
         x = x0 = norm(self._smeared_embedding(row.inputs))
         streams, late_input = Streams(self, x0), None
         if c.ngrams:
-            streams.reach("ngram", self._ngram_embedding(row))
+            streams["ngram"] = self._ngram_embedding(row)
         for i, layer in enumerate(self.layers):
             if layer.table is not None:
-                streams.reach(f"value{i}", values[layer.table])
+                streams[f"value{i}"] = values[layer.table]
         skip = torch.sigmoid(self.skip_lambda) if hasattr(self, "skip_lambda") else 1.0
         for i, layer in enumerate(self.layers):
             if i == last:
-                streams.reach("last", x)
-            x = streams.add(streams.add(x, "input", i), "skip", i, skip)
+                streams["last"] = x
+            x = streams.add(x, "input", i)
+            x = streams.add(x, "skip", i, skip)
             if i == 0:
-                streams.reach("first", x)
+                streams["first"] = x
             if layer.attention is not None:
                 a, slot = late_input if layer.late else norm(x), layer.attention
                 weights = qk_bank[slot], *vo_bank[2 * slot : 2 * slot + 2]
                 x = streams.merge(x, self._attention_layer(i, a, *weights, row, context, streams), "attention", i)
-                x = streams.add(x, "attention", i)
+                x = streams.add(x, "inject", i)
             mlp = relu_squared_mlp(norm(x), mlp_bank[2 * i], mlp_bank[2 * i + 1], self.runtime.fused)
             x = streams.merge(x, mlp, "mlp", i)
-            streams.reach(f"out{i}", x)
+            streams[f"out{i}"] = x
             if i == c.late_input:
                 late_input = norm(x)
         return norm(streams.add(x, "end", last))
@@ -2020,7 +2028,7 @@ class GPT(nn.Module):
         q, k = F.linear(a, sa_qkv * w_qk.flatten(0, 1)).view(T, 2, c.num_heads, c.head_dim).unbind(1)
         v = streams.add(F.linear(a, sa_qkv * w_v), "values", i).view(T, c.num_heads, c.head_dim)
         if layer.table is not None:
-            ve = streams.streams[f"value{i}"]
+            ve = streams[f"value{i}"]
             if layer.value_gate is None:
                 gate = streams.coefficient("value_gate", i).repeat_interleave(c.num_heads // 2, -1)
             else:
@@ -2292,7 +2300,7 @@ class Loader:
         made, longest = [], min(stage.max_doc_len, stage.tokens // len(rows))
         for pieces in rows[runtime.rank * each : (runtime.rank + 1) * each]:
             tokens, starts = self._tokens(shard, pieces)
-            made.append(make_row(tokens, starts, longest, model, pin=runtime.device.type == "cuda").to(runtime))
+            made.append(make_row(tokens, starts, longest, model).to(runtime))
         return made, touched, after
 
     def take_step(self, step: int, position: LoaderPosition) -> tuple[Shard, list[list[slice]], LoaderPosition]:
@@ -2333,14 +2341,19 @@ def read_token_bytes(data_dir: Path, vocab_size: int) -> list[bytes]:
     ends, spelled = np.cumsum(numbers[:vocab_size], dtype=np.int64), numbers[vocab_size:].astype(np.uint8).tobytes()
     if len(ends) < vocab_size or ends[-1] != len(spelled):
         raise SpeedrunError(f"{path}: not the bytes of {vocab_size} tokens. {mend}")
-    return [spelled[begin:end] for begin, end in pairwise([0, *ends.tolist()])]
+    return [spelled[begin:end] for begin, end in itertools.pairwise([0, *ends.tolist()])]
 
 
 def prefix_tokens(tokens: list[bytes]) -> list[int]:
     """For each token, given the bytes of all, the longest other one that it begins with; -1 where there is none."""
-    number = {token: i for i, token in enumerate(tokens) if token}
-    begins = ([token[:n] for n in range(len(token) - 1, 0, -1)] for token in tokens)
-    return [next((number[begin] for begin in some if begin in number), -1) for some in begins]
+    found, begun = [-1] * len(tokens), []  # the tokens that the last one in the alphabet begins with, and itself
+    for i in sorted(range(len(tokens)), key=tokens.__getitem__):
+        while begun and not (tokens[i].startswith(tokens[begun[-1]]) and tokens[i] != tokens[begun[-1]]):
+            begun.pop()
+        if tokens[i]:
+            found[i] = begun[-1] if begun else -1
+            begun.append(i)
+    return found
 
 
 class OutOfData(SpeedrunError):
@@ -2434,7 +2447,7 @@ def document_capacity(tokens: int) -> int:
     return 32 + tokens // 512
 
 
-def make_row(tokens: np.ndarray, starts: np.ndarray, max_seqlen: int, model: ModelConfig, pin: bool = False) -> Row:
+def make_row(tokens: np.ndarray, starts: np.ndarray, max_seqlen: int, model: ModelConfig) -> Row:
     """A row of n tokens from n + 1 of them and the positions at which its documents start."""
     n = len(tokens) - 1
     capacity = document_capacity(n)
@@ -2445,8 +2458,7 @@ def make_row(tokens: np.ndarray, starts: np.ndarray, max_seqlen: int, model: Mod
     keys = ngram_keys(tokens[:-1], starts, model.ngrams)
     sign_rows = keys // model.ngram_rows % max(model.ngram_signs, 1)
     arrays = tokens.astype(np.int64, copy=False), cu_seqlens, keys % model.ngram_rows, sign_rows
-    tensors = map(torch.from_numpy, arrays)
-    packed, cu, ngram_rows, sign_rows = (t.pin_memory() for t in tensors) if pin else tensors
+    packed, cu, ngram_rows, sign_rows = map(torch.from_numpy, arrays)
     return Row(packed[:-1], packed[1:], cu, max_seqlen, ngram_rows, sign_rows)
 
 
@@ -2900,8 +2912,9 @@ class Runtime:
         )
 
     def to_device(self, tensor: Tensor) -> Tensor:
-        """Copy to the device without waiting (from pinned memory where the tensor is in it)."""
-        return tensor.to(self.device, non_blocking=True)
+        """Copy to the device, by way of pinned memory: from other memory the host would wait for the device."""
+        pinned = tensor.pin_memory() if self.device.type == "cuda" else tensor
+        return pinned.to(self.device, non_blocking=True)
 
     def synchronize(self) -> None:
         if self.device.type == "cuda":
@@ -3283,12 +3296,12 @@ class Trainer:
     def train_step(self, step: int) -> Tensor:
         """One step. Returns this rank's part of the mean next-token loss, 0-dim on the device."""
         settings, num_rows = self.track.at(step), self.track.data.rows_per_step
-        prefixes = settings.prefix_weight > 0
-        weights = self._weights(settings.prediction_weights + (settings.prefix_weight,) * prefixes)
+        weights = self._weights(settings.prediction_weights)
+        prefix_weight = self._weights((settings.prefix_weight,)) if settings.prefix_weight > 0 else None
         total = torch.zeros((), dtype=weights.dtype, device=self.runtime.device)
         rows, head8 = self.loader.next(step), self.model.fp8_head()
         for row in rows:
-            loss, nll = self.model(row, settings, weights, prefixes, head8)
+            loss, nll = self.model(row, settings, weights, prefix_weight, head8)
             if row is rows[-1]:  # before its backward pass, whose hooks start the sums over the ranks
                 late = self.model.table_sums
                 self.optimizer.expect_gradients(settings, late, {"ngram_embed": self.loader.touched})
@@ -3344,8 +3357,7 @@ class Trainer:
         return self.runtime.sum(total).item() / self.track.data.val_tokens
 
     def _weights(self, values: tuple[float, ...]) -> Tensor:
-        weights = torch.tensor(values, dtype=wide(self.runtime.dtype))
-        return self.runtime.to_device(weights.pin_memory() if self.runtime.device.type == "cuda" else weights)
+        return self.runtime.to_device(torch.tensor(values, dtype=wide(self.runtime.dtype)))
 
     def state(self) -> dict[str, object]:
         """A copy of everything that training changes."""
@@ -3359,7 +3371,8 @@ class Trainer:
     @torch.no_grad()
     def load_state(self, state: dict) -> None:
         """Put a copy made by `state` back, in place."""
-        self.model.hand_over_table_gradients()
+        for total in itertools.chain(*self.model.table_sums.values()):
+            total.zero_()
         self.optimizer.drop_gradients()
         for name, p in self.params.items():
             p.copy_(state["weights"][name])
@@ -3520,11 +3533,11 @@ class Loop:
         self.compilations = compilations()
         bar = tqdm(total=self.steps.stop, initial=self.steps.start, unit="step", disable=runtime.rank > 0 or None)
         with Interrupt(runtime) as self.interrupt, bar as self.bar:
+            self.clock.start()
+            trainer.find_prefixes()
             for step in self.steps:
                 self.between_steps(step)
                 self.clock.start()
-                if step == self.steps.start:
-                    trainer.find_prefixes()
                 self.losses.append(trainer.train_step(step))
                 self.after_step(step)
             return self.between_steps(self.steps.stop)
@@ -3861,7 +3874,7 @@ def parse_command(
 
 def spans(numbers: list[int]) -> str:
     """Ascending numbers as `0-3,5`."""
-    runs = [[n for _, n in run] for _, run in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])]
+    runs = [[n for _, n in run] for _, run in itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])]
     return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
@@ -3869,7 +3882,7 @@ def short_help(track: Track) -> str:
     """The options of a run, a line each, and the numbers of the track with their values."""
     spelled = lambda name: name.replace("_", "-")
     lines = [f"usage: train_gpt.py [{'|'.join(TRACKS)}] [--option value ...], here for {track.name}", ""]
-    for item, docstring in pairwise(ast.parse(inspect.getsource(Options)).body[0].body):
+    for item, docstring in itertools.pairwise(ast.parse(inspect.getsource(Options)).body[0].body):
         if isinstance(item, ast.AnnAssign):
             said = " ".join(docstring.value.value.split())
             lines.append(f"  --{spelled(item.target.id):17} {textwrap.shorten(said, 98, placeholder=' …')}")

@@ -87,9 +87,10 @@ def loss_and_gradients(runtime: Runtime) -> tuple[float, dict[str, torch.Tensor]
             p.add_((torch.randn(p.shape, generator=generator) * 0.02).to(p.device, p.dtype))
     model.set_prefixes([str(token).encode() for token in range(CONFIG.vocab_size)])
     settings = replace(SMALL, model=CONFIG).at(1)
-    weights = torch.tensor((*settings.prediction_weights, settings.prefix_weight), device=runtime.device)
+    weights = settings.prediction_weights, (settings.prefix_weight,)
+    weights = [torch.tensor(some, device=runtime.device) for some in weights]
     row = make_row(1024, [0, 300, 301, 900], CONFIG).to(runtime)
-    loss, _ = model(row, settings, weights, prefixes=True)
+    loss, _ = model(row, settings, *weights)
     loss.backward()
     model.hand_over_table_gradients()
     return float(loss), {name: p.grad.double().cpu() for name, p in model.named_parameters()}

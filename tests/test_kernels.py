@@ -338,7 +338,7 @@ def test_a_whole_model_on_kernels_equals_the_plain_one():
     config = replace(SMALL.model.stretched(4), vocab_size=257, num_heads=2, head_dim=16, ngram_rows=97, ngram_signs=5)
     row = make_row(48, [0, 11, 30], config)
     settings = replace(SMALL, model=config).at(1)
-    weights = torch.tensor((*settings.prediction_weights, settings.prefix_weight))
+    weights = torch.tensor(settings.prediction_weights), torch.tensor([settings.prefix_weight])
     results = []
     for fused in (False, True):
         model = GPT(config, replace(cpu(), fused=fused, max_loss_chunk=32 if fused else None), seed=1)
@@ -347,7 +347,7 @@ def test_a_whole_model_on_kernels_equals_the_plain_one():
         model.set_prefixes([str(token).encode() for token in range(257)])
         params = dict(model.named_parameters())
         optimizer = train_gpt.Optimizer(params, SMALL.optimizer, replace(cpu(), fused=fused))
-        loss, _ = model(row, settings, weights, prefixes=True)
+        loss, _ = model(row, settings, *weights)
         loss.backward()
         grads = {name: p.grad.clone() for name, p in params.items()}
         optimizer.step(settings)

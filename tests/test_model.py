@@ -144,7 +144,7 @@ def error(actual: Tensor, expected: Tensor) -> float:
 
 # ---- parameters as reference.py and the golden numbers call them ----
 
-ORACLE_NETWORKS = {"pre": "pre", "post": "post", "gates": "gates", "mudd_in": "in", "mudd_out": "out"}
+ORACLE_NETWORKS = {"pre": "pre", "post": "post", "gates": "gates", "mix_in": "in", "mix_out": "out"}
 ORACLE_LAMBDAS = {"attention_resid": "resid_attn", "attention_branch": "post_attn"}
 ORACLE_LAMBDAS |= {"mlp_resid": "resid_mlp", "mlp_branch": "post_mlp"}
 
@@ -210,8 +210,8 @@ def test_model_reproduces_golden_losses_and_gradients(case, dtype, loss_error, g
     short, long = golden["windows"].tolist()
     at = replace(step_settings((short, long), 8), frequencies=tuple(golden["frequencies"].tolist()))
     at = replace(at, attn_scale=golden["attn_scale"].item())
-    weights = torch.cat((golden["prediction_weights"], golden["prefix_weight"][None]))
-    loss, nll = model(row, at, weights.to(torch.promote_types(dtype, torch.float32)), prefixes=True)
+    weights = golden["prediction_weights"], golden["prefix_weight"][None]
+    loss, nll = model(row, at, *(weight.to(torch.promote_types(dtype, torch.float32)) for weight in weights))
     loss.backward()
 
     assert loss.item() == pytest.approx(golden["loss_sum"].item(), rel=loss_error)
@@ -275,8 +275,8 @@ def hold_against_reference(config: ModelConfig, row_name: str, num_tokens: int, 
     def run(model: GPT) -> tuple[float, float]:
         model.set_prefixes(token_bytes)
         dtype = torch.promote_types(model.embed.dtype, torch.float32)
-        both = torch.tensor((*weights, prefix_weight) if prefixes else weights, dtype=dtype)
-        loss, nll = model(row, at, both, prefixes)
+        of_prefix = torch.tensor([prefix_weight], dtype=dtype) if prefixes else None
+        loss, nll = model(row, at, torch.tensor(weights, dtype=dtype), of_prefix)
         loss.backward()
         return loss.item(), nll.item() / num_tokens
 
@@ -323,7 +323,7 @@ def test_gradients_in_bfloat16_are_near_those_in_float64(name):
     for either in (model, rounded):
         either.set_prefixes([str(token).encode() for token in range(config.vocab_size)])
         weights = torch.tensor([1.0, 0.5, 0.25], dtype=train_gpt.wide(either.head.dtype))
-        loss, _ = either(row, at, weights, prefixes=True)
+        loss, _ = either(row, at, weights[:2], weights[2:])
         loss.backward()
     for n, (p, low) in pairs.items():
         assert p.numel() < 100 or error(low.grad, p.grad) < 0.1, n
@@ -345,8 +345,8 @@ SWITCHED_OFF = {  # the parameters that the layout then does without
     "late_input": (None, set()),
     "gate_networks": (False, {"gate_scale", *(f"{network}.{part}" for network in ("pre", "post") for part in NETWORK)}),
     "second_gates": (None, {f"post.{part}" for part in NETWORK}),
-    "mix_in": ((), {f"mudd_in.{part}" for part in NETWORK}),
-    "mix_out": ((), {f"mudd_out.{part}" for part in NETWORK}),
+    "mix_in": ((), {f"mix_in.{part}" for part in NETWORK}),
+    "mix_out": ((), {f"mix_out.{part}" for part in NETWORK}),
     "ngrams": ((), {"ngram_embed"}),
     "ngram_signs": (0, set()),
 }
@@ -434,8 +434,8 @@ def test_validation_over_slices_equals_the_whole_row():
     row, at = make_row(16_384 + 100, [0, 9000], config), step_settings((8, 16), 8)
     weights = torch.tensor([1.0, 0.5, 0.25])
     with torch.no_grad():
-        sliced = model(row, at, weights, prefixes=True)
-    whole = model(row, at, weights, prefixes=True)
+        sliced = model(row, at, weights[:2], weights[2:])
+    whole = model(row, at, weights[:2], weights[2:])
     assert sliced[0].item() == pytest.approx(whole[0].item(), rel=1e-6)
     assert sliced[1].item() == pytest.approx(whole[1].item(), rel=1e-6)
 
@@ -519,8 +519,8 @@ def test_initial_coefficients_of_small(at_start):
     """Catches: gates that do not start where they are meant to: at a scale of 0.1, no network reads anything yet."""
     pre = [0.0] * 12 + [0.25] * 6 + [0.0, 0.05] * 4
     post = [0.0] * 12 + [0.25] * 6 + [0.0, 0.05] * 5 + [0.5] + [1.0] * 6 + [0.0] * 6
-    mudd_in = [0.0] * 6 + [2.0, 2.0, 1.1**0.5, 1.0, 0.0, 0.05, 1.1**0.5, 1.0]
-    expected = {"pre": pre, "post": post, "mudd_in": mudd_in, "mudd_out": [0.0, -0.5, 0.0, 0.0, 0.0]}
+    mix_in = [0.0] * 6 + [2.0, 2.0, 1.1**0.5, 1.0, 0.0, 0.05, 1.1**0.5, 1.0]
+    expected = {"pre": pre, "post": post, "mix_in": mix_in, "mix_out": [0.0, -0.5, 0.0, 0.0, 0.0]}
     for name, values in expected.items():
         network = at_start.get_submodule(name)
         found = torch.cat([value for _, value in network(torch.randn(3, 768), at_start.gate_scale)], dim=-1)

@@ -350,7 +350,7 @@ def parameter_of(golden: str) -> str:
     """The name of the model's parameter of which the golden numbers are."""
     network, _, part = golden.rpartition("_")
     if part in ("w1", "w2", "b"):
-        network = {"in": "mudd_in", "out": "mudd_out"}.get(network, network)
+        network = {"in": "mix_in", "out": "mix_out"}.get(network, network)
         return f"{network}.{'bias' if part == 'b' else part}"
     both = {
         "resid_attn": "resid.bias",
@@ -440,7 +440,7 @@ ADAM = {
     "branch": ((0.9, 0.95), 1.0, 0.0),
     "smear_gate": ((0.9, 0.99), 0.01, 0.0),
     "value_gates": ((0.9, 0.99), 1.0, 1.0),
-    **dict.fromkeys(("mudd_in", "mudd_out"), ((0.9, 0.99), 0.25, 1.0)),
+    **dict.fromkeys(("mix_in", "mix_out"), ((0.9, 0.99), 0.25, 1.0)),
     **dict.fromkeys(("pre", "post"), ((0.9, 0.99), 0.1, 1.0)),
     "gate_scale": ((0.9, 0.99), 0.1, 0.0),
     **dict.fromkeys(("value_embeds", "ngram_embed"), ((0.75, 0.95), 75.0, 5.0)),

@@ -392,7 +392,7 @@ def test_the_tiny_track_of_the_tests_crosses_all_changes():
     assert any(layer.attention is None for layer in model.layers) and any(layer.late for layer in model.layers)
     assert any(layer.table is not None for layer in model.layers) and model.ngram_signs and model.smear
     names = {network.name for network in model.networks}
-    assert names == {"pre", "post", "mudd_in", "mudd_out", "resid", "branch"}
+    assert names == {"pre", "post", "mix_in", "mix_out", "resid", "branch"}
     roles = {output.role for network in model.networks for output in network.outputs}
     assert roles >= {"xsa", "gate", "skip", "dc_in", "dc_out", "values", "end"}
     assert len({s.prefix_weight for s in map(track.at, range(20))}) > 3

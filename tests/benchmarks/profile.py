@@ -35,13 +35,13 @@ def main() -> None:
     optimizer = Optimizer(dict(model.named_parameters()), SMALL.optimizer, runtime)
     tokens = args.tokens or settings.stage.tokens // SMALL.data.rows_per_step
     rows = [synthetic_row(SMALL, tokens, settings.stage.max_doc_len, runtime, seed) for seed in range(args.rows)]
-    weights, prefixes = loss_weights(settings, runtime)
+    weights = loss_weights(settings, runtime)
 
     def step() -> None:
         head8 = model.fp8_head()
         for row in rows:
             with record_function("forward"):
-                loss = model(row, settings, weights, prefixes, head8)[0] / SMALL.data.rows_per_step
+                loss = model(row, settings, *weights, head8)[0] / SMALL.data.rows_per_step
             with record_function("backward"):
                 loss.backward()
         with record_function("optimizer"):

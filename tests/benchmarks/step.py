@@ -73,11 +73,10 @@ def synthetic_row(track: Track, tokens: int, max_doc_len: int, runtime: Runtime,
     return make_row(body, starts, min(max_doc_len, tokens), track.model).to(runtime)
 
 
-def loss_weights(settings: Settings, runtime: Runtime) -> tuple[torch.Tensor, bool]:
-    """What the model takes of them: the weights, and whether the last is that of prefixes."""
-    prefixes = settings.prefix_weight > 0
-    values = settings.prediction_weights + (settings.prefix_weight,) * prefixes
-    return torch.tensor(values, device=runtime.device), prefixes
+def loss_weights(settings: Settings, runtime: Runtime) -> list[torch.Tensor | None]:
+    """What the model takes of them: the weights of the predictions, and that of the prefix or None."""
+    prefix_weight = (settings.prefix_weight,) if settings.prefix_weight > 0 else None
+    return [some and torch.tensor(some, device=runtime.device) for some in (settings.prediction_weights, prefix_weight)]
 
 
 def row_flops(track: Track, row: Row, settings: Settings) -> float:
@@ -118,12 +117,12 @@ def time_steps(track: Track, options: argparse.Namespace, runtime: Runtime) -> l
         settings = track.at(step)
         tokens = options.tokens or settings.stage.tokens // track.data.rows_per_step
         rows = [synthetic_row(track, tokens, settings.stage.max_doc_len, runtime, seed) for seed in range(options.rows)]
-        weights, prefixes = loss_weights(settings, runtime)
+        weights = loss_weights(settings, runtime)
 
-        def train(rows=rows, settings=settings, weights=weights, prefixes=prefixes) -> None:
+        def train(rows=rows, settings=settings, weights=weights) -> None:
             head8 = model.fp8_head()
             for row in rows:
-                (model(row, settings, weights, prefixes, head8)[0] / track.data.rows_per_step).backward()
+                (model(row, settings, *weights, head8)[0] / track.data.rows_per_step).backward()
             model.hand_over_table_gradients()
 
         began = time.perf_counter()
