@@ -1549,7 +1549,7 @@ class Optimizer:
         rule, world = self.rules[name], self.runtime.world_size
         option = f"--optimizer.rules.{name.partition('.')[0].replace('_', '-')}"
         adam = rule.kind == "adam"
-        if not adam and not name.endswith("_bank"):
+        if not adam and not name.endswith("bank"):
             raise SpeedrunError(
                 f"{option}.kind {rule.kind} is for banks of matrices, and {name} {tuple(p.shape)} is none: use adam."
             )
@@ -2171,30 +2171,13 @@ def shard_identity(path: Path) -> str:
     return f"{read_shard_header(path)} tokens sha256 {digest(path)}"
 
 
-class Identities:
-    """Identities of the shards that a run has opened, by name; found in the background."""
-
-    def __init__(self):
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="sha256")
-        self._found: dict[str, Future] = {}
-        self.before: dict[str, str] = {}  # of shards that the run had opened before it was resumed
-
-    def opened(self, path: Path) -> None:
-        if path.name not in self._found:
-            self._found[path.name] = self._worker.submit(shard_identity, path)
-
-    def all(self) -> dict[str, str]:
-        """Waits for those that are not known yet."""
-        found = {name: future.result() for name, future in list(self._found.items())}
-        return dict(sorted((self.before | found).items()))
-
-
 @dataclass(frozen=True)
 class Shard:
     """A shard file in memory."""
 
     tokens: np.ndarray  # (count,) uint16
     bounds: np.ndarray  # (documents + 1,) int64: document i is tokens[bounds[i] : bounds[i + 1]]
+    identity: str
 
     @staticmethod
     def read(path: Path, vocab_size: int, bos: int) -> Shard:
@@ -2204,7 +2187,7 @@ class Shard:
         if len(tokens) < count:
             raise SpeedrunError(f"{path}: ended while it was read; was it overwritten?")
         check_tokens(path, tokens, vocab_size)
-        return Shard(tokens, np.append(np.flatnonzero(tokens == bos), count))
+        return Shard(tokens, np.append(np.flatnonzero(tokens == bos), count), shard_identity(path))
 
     def take_row(self, document: int, need: int, max_doc_len: int) -> tuple[list[slice], int] | None:
         """Pieces of the documents from `document` on that fill a row of `need` tokens, and the first document after it.
@@ -2246,8 +2229,9 @@ class Loader:
     The rows of a step are the same for every number of ranks; rank r of W takes the r-th of W equal runs of them.
     """
 
-    def __init__(self, track: Track, data_dir: Path, runtime: Runtime, identities: Identities | None = None):
-        self.track, self.runtime, self.identities = track, runtime, identities
+    def __init__(self, track: Track, data_dir: Path, runtime: Runtime):
+        self.track, self.runtime = track, runtime
+        self.identities: dict[str, str] = {}  # of the shards read so far, by name
         self.paths = find_shards(data_dir, "train", track.data) * track.data.epochs
         self.position = LoaderPosition()
         # Of the step last given out, which rows of the table of n-grams each rank's row reads: (W, rows).
@@ -2282,10 +2266,10 @@ class Loader:
             if i not in self._shards:
                 what = self.paths[i], self.track.model.vocab_size, self.track.data.bos
                 self._shards[i] = self._reader.submit(Shard.read, *what)
-                if self.identities is not None:
-                    self.identities.opened(self.paths[i])
         self._shards = {i: shard for i, shard in self._shards.items() if i in (index, index + 1)}
-        return self._shards[index].result()
+        shard = self._shards[index].result()
+        self.identities[self.paths[index].name] = shard.identity
+        return shard
 
     def _make(self, step: int, position: LoaderPosition) -> tuple[list[Row], np.ndarray | None, LoaderPosition]:
         """The rank's rows of a step that begins at `position`, on the device, what is `touched`, the position after."""
@@ -2477,13 +2461,16 @@ def ngram_keys(tokens: np.ndarray, starts: np.ndarray, sizes: tuple[int, ...]) -
     return np.stack([found[n] for n in sizes]) if sizes else np.zeros((0, len(tokens)), np.int64)
 
 
-def validation_tokens(track: Track, data_dir: Path, identities: Identities) -> np.ndarray:
-    """The validation stream and the token after it, uint16. Raises SpeedrunError if a shard is missing or damaged."""
-    parts, have, need = [], 0, track.data.val_tokens + 1
+def validation_tokens(track: Track, data_dir: Path) -> tuple[np.ndarray, dict[str, str]]:
+    """The validation stream and the token after it, uint16, and the identities of its shards.
+
+    Raises SpeedrunError if a shard is missing or damaged.
+    """
+    parts, identities, have, need = [], {}, 0, track.data.val_tokens + 1
     for path in find_shards(data_dir, "val", track.data):
         count = min(read_shard_header(path), need - have)
         if count:
-            identities.opened(path)
+            identities[path.name] = shard_identity(path)
             parts.append(np.fromfile(path, "<u2", count, offset=4 * HEADER_INTS))
             check_tokens(path, parts[-1], track.model.vocab_size)
             have += count
@@ -2492,7 +2479,7 @@ def validation_tokens(track: Track, data_dir: Path, identities: Identities) -> n
             f"too few tokens: the val shards in {data_dir} hold {have:,}, but validation reads {need:,}: "
             f"{more_data(data_dir, track.data)}."
         )
-    return np.concatenate(parts)
+    return np.concatenate(parts), identities
 
 
 def validation_rows(track: Track, tokens: np.ndarray, runtime: Runtime) -> Iterator[Row]:
@@ -2524,7 +2511,7 @@ class Progress:
     step: int  # steps done
     seconds: float  # on the clock
     loader: LoaderPosition
-    data: dict[str, str]  # identities of the shards opened so far, by name
+    data: dict[str, str]  # identities of the shards read so far, by name
     log_bytes: int  # length of the log and of its metrics so far: what comes later is written again
     metrics_bytes: int
     event: dict[str, float]  # the numbers of the last step so far, which its validation is added to
@@ -2673,7 +2660,7 @@ class Saver:
             step=step,
             seconds=seconds,
             loader=trainer.loader.position,
-            data=trainer.identities.all(),
+            data=trainer.identities(),
             log_bytes=self.log.file.size if self.log.file else 0,
             metrics_bytes=self.log.metrics.size if self.log.file else 0,
             event=dict(self.log.event),
@@ -3280,13 +3267,16 @@ class Trainer:
         self.model = GPT(track.model, runtime, seed)
         self.params = dict(self.model.named_parameters())
         self.optimizer = Optimizer(self.params, track.optimizer, runtime)
-        self.identities = Identities()
-        self.loader = Loader(track, data_dir, runtime, self.identities)
-        self.validation_tokens = validation_tokens(track, data_dir, self.identities)
+        self.loader = Loader(track, data_dir, runtime)
+        self.validation_tokens, self.other_data = validation_tokens(track, data_dir)
         self.token_bytes: list[bytes] | None = None
         if track.prefix_loss and any(max(stage.prefix_weight) > 0 for stage, _ in track.schedule.parts()):
             self.token_bytes = read_token_bytes(data_dir, track.model.vocab_size)
-            self.identities.opened(data_dir / TOKEN_BYTES)
+            self.other_data[TOKEN_BYTES] = shard_identity(data_dir / TOKEN_BYTES)
+
+    def identities(self) -> dict[str, str]:
+        """Of the data that were read so far, by the names of the files."""
+        return dict(sorted((self.other_data | self.loader.identities).items()))
 
     def find_prefixes(self) -> None:
         """What the prediction of prefixes takes; to call when the clock runs."""
@@ -3421,7 +3411,7 @@ class Trainer:
         if targets:
             raise CheckpointError(f"{checkpoint.folder}: {next(iter(targets))} is missing.")
         self.loader.position = checkpoint.progress.loader
-        self.identities.before = checkpoint.progress.data
+        self.other_data = checkpoint.progress.data | self.other_data
 
     def warm_up(self, stop: int, start: int = 0) -> float:
         """Compile and run every shape of the steps from `start` to `stop` once, then restore everything.
@@ -3734,7 +3724,7 @@ def conclude(trainer: Trainer, log: RunLog, options: Options, seconds: float, va
     else:
         allocated = reserved = peak_rss()
     mib = 1024 * 1024
-    for name, shard in trainer.identities.all().items():
+    for name, shard in trainer.identities().items():
         log.write(f"data: {name} {shard}")
     log.write(f"peak memory allocated: {allocated // mib} MiB reserved: {reserved // mib} MiB")
     log.say(f"{verdict} in {seconds:.1f} s: validation loss {val_loss:.4f}\nlog: {log.path}")

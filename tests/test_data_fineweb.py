@@ -255,7 +255,7 @@ def test_boundaries_of_documents_and_shards(tmp_path):
     length = min(track.schedule.stages[0].max_doc_len, int(np.flatnonzero(tokens[begin + 1 :] == 256)[0]) + 1)
     assert row.inputs[:length].tolist() == tokens[begin : begin + length].tolist()
     assert (
-        train_gpt.validation_tokens(track, out, train_gpt.Identities()).tolist()
+        train_gpt.validation_tokens(track, out)[0].tolist()
         == tokens_of(shards(out), "val")[: track.data.val_tokens + 1]
     )
     for step in range(1, track.schedule.total_steps):

@@ -20,7 +20,6 @@ from hypothesis import strategies as st
 import train_gpt
 from train_gpt import (
     NANO,
-    Identities,
     Loader,
     LoaderPosition,
     Options,
@@ -354,7 +353,7 @@ def test_a_damaged_shard_is_refused_with_its_name_and_what_is_wrong(tmp_path, ho
             loader.next(step)
     damaged(tmp_path / "x_val_000001.bin", how)
     with pytest.raises(SpeedrunError, match=re.escape("x_val_000001.bin") + ".*" + DAMAGE[how]):
-        validation_tokens(track_with([(6, 9)], 1, val_tokens=len(GOOD) - 1), tmp_path, Identities())
+        validation_tokens(track_with([(6, 9)], 1, val_tokens=len(GOOD) - 1), tmp_path)
 
 
 def test_a_damaged_later_shard_stops_the_run_only_when_its_turn_comes(tmp_path):
@@ -380,7 +379,7 @@ def test_a_missing_folder_names_the_folder_and_the_command(tmp_path):
     """Catches: an empty glob that ends as an IndexError."""
     track = track_with([(6, 9)], steps_each=1)
     folder = tmp_path / "no_such"
-    for call in (lambda: Loader(track, folder, cpu()), lambda: validation_tokens(track, folder, Identities())):
+    for call in (lambda: Loader(track, folder, cpu()), lambda: validation_tokens(track, folder)):
         with pytest.raises(SpeedrunError, match=f"no_such\\. .*{re.escape(f'{track.data.fetch} --out {folder}')}"):
             call()
 
@@ -491,7 +490,7 @@ def test_validation_predicts_the_first_val_tokens_once_each(shards, part, val_ro
     with TemporaryDirectory() as folder:
         data_dir = write_shards(Path(folder), shards, split="val")
         runtimes = [cpu(rank=rank, world_size=world_size) for rank in range(world_size)]
-        tokens = validation_tokens(track, data_dir, Identities())
+        tokens, _ = validation_tokens(track, data_dir)
         per_rank = [list(validation_rows(track, tokens, runtime)) for runtime in runtimes]
     num_rows = -(-val_tokens // val_row)
     rows = [per_rank[i % world_size][i // world_size] for i in range(num_rows)]
@@ -515,9 +514,9 @@ def test_too_few_validation_tokens_are_counted_in_the_message(tmp_path):
     """Catches: a mean over fewer tokens than the track says. The last of val_tokens inputs needs one token more."""
     write_shards(tmp_path, [GOOD])
     write_shards(tmp_path, [GOOD[:40], GOOD[:25]], split="val")
-    assert len(validation_tokens(track_with([(6, 9)], 1, val_tokens=64), tmp_path, Identities())) == 65
+    assert len(validation_tokens(track_with([(6, 9)], 1, val_tokens=64), tmp_path)[0]) == 65
     with pytest.raises(SpeedrunError, match=r"too few tokens: the val shards.*hold 65.* 66"):
-        validation_tokens(track_with([(6, 9)], 1, val_tokens=65), tmp_path, Identities())
+        validation_tokens(track_with([(6, 9)], 1, val_tokens=65), tmp_path)
 
 
 @pytest.mark.parametrize("count", [100, pytest.param(1000, marks=pytest.mark.slow)])

@@ -606,7 +606,9 @@ def test_compiled_lookups_add_up_the_gradients_of_tables(monkeypatch):
     compiled.load_state_dict(plain.state_dict())
     settings = step_settings((16, 32), config.head_dim)
     weights = torch.tensor([1.0, 0.5], dtype=torch.float64)
-    for step in range(2):  # gradients of the first stay, as those of Adam's parameters do on even steps
+    for step in range(2):
+        plain.zero_grad()
+        compiled.zero_grad()
         for seed in (2 * step, 2 * step + 1):
             for model in (plain, compiled):
                 model(make_row(64, [0, 20], config, seed), settings, weights)[0].backward()

@@ -619,7 +619,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_its_log(command, tiny_
         ("--schedule.stages.0.tokens 101", ("101", "2 equal rows")),
         ("--model.num-layers 0", ("num-layers: found 0",)),
         ("--model.head-dim 6", ("head_dim 6", "multiple of 4")),
-        ("--model.num-heads 3", ("num_heads 3", "even")),
+        ("--model.num-heads 3", ("num_heads 3", "qk_heads 2")),
         ("--model.skips 3 1", ("later layer",)),
         ("--model.ngrams 2 0", (r"ngrams: found \(2, 0\)", "from 1 to")),
         ("--model.gate-dim 18", ("gate_dim 18", "width 16")),

@@ -136,9 +136,8 @@ class Baseline(train_gpt.Trainer):
         self.losses = torch.compile(self.model.losses) if recipe.compile else self.model.losses
         shard = train_gpt.find_shards(recipe.data_dir, "train", self.track.data)[0]
         self.stream = np.memmap(shard, "<u2", "r", 4 * train_gpt.HEADER_INTS, train_gpt.read_shard_header(shard))
-        self.identities = train_gpt.Identities()
-        self.identities.opened(shard)
-        self.validation_tokens = train_gpt.validation_tokens(self.track, recipe.data_dir, self.identities)
+        self.validation_tokens, identities = train_gpt.validation_tokens(self.track, recipe.data_dir)
+        self.identities = {shard.name: train_gpt.shard_identity(shard), **identities}
         self.reset()
 
     def reset(self) -> None:
@@ -214,7 +213,7 @@ def train(recipe: Recipe) -> float:
             if (step + 1) % 100 == 0:
                 log.step(step + 1, clock.read(), train_loss=loss.item())
                 bar.set_postfix_str(f"loss {loss.item():.4f}")
-    for name, identity in baseline.identities.all().items():
+    for name, identity in sorted(baseline.identities.items()):
         log.write(f"data: {name} {identity}")
     log.write(f"peak memory allocated: {(peak := train_gpt.peak_rss() >> 20)} MiB reserved: {peak} MiB")
     log.close()
