@@ -37,6 +37,14 @@ BOS = 256
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "TRAIN_GPT_LOG_PATH_FILE", "TORCHELASTIC_ERROR_FILE")
 
 
+@pytest.fixture(autouse=True)
+def no_backend_of_another_test():
+    """A run logs with which backends its process has compiled."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.eval_frame.cached_backends.clear()
+
+
 def write_shard(path: Path, tokens, magic: int = 20240520, version: int = 1, count: int | None = None) -> Path:
     """A shard file: 256 int32 (magic, version, number of tokens, zeros), then uint16 tokens. Its header can lie."""
     header = np.zeros(256, dtype="<i4")

@@ -509,7 +509,8 @@ def test_two_processes_share_a_folder(site: Site):
     assert [process.returncode for process in processes] == [0, 0], results
     site.has(VAL, ONE, TWO)
     assert sorted("found" in stdout for stdout, _ in results) == [False, True]
-    assert sum("waiting for another process" in stderr for _, stderr in results) == 1
+    # Both may wait, the one for the shards, the other then for tokens.bin.
+    assert any("waiting for another process" in stderr for _, stderr in results)
     assert [site.hub.gets(name) for name in (VAL, ONE, TWO)] == [1, 1, 1]
 
 
