@@ -3,9 +3,10 @@
     python records/ablate.py                          # nano, all variants, seeds 0 to 2, into records/nano/ablation
     python records/ablate.py nano --seeds 5 --only "no smear" "no key offset" --out mine
     python records/ablate.py --table                  # no training: the table of ablation.csv
+    python records/ablate.py small                    # of a sibling, a quarter as wide, of the whole depth, on a CPU
 
 Every variant is the track with a few numbers changed on the command line, printed in the table, so that each run can be
-repeated alone with `./run.sh nano …`. The result is ablation.csv, a line per run, and ablation.md, the table: change of
+repeated alone. The result is ablation.csv, a line per run, and ablation.md, the table: change of
 the validation loss after equally many steps, paired by seed with the full recipe, p of the paired t-test, and time to
 the target.
 
@@ -48,8 +49,18 @@ def per_stage(name: str, *values: object) -> str:
 # Of all runs of a track. Validate often, to see when the target is met, hence on the first eighth of the bytes only.
 COMMON = {
     "nano": "--val-every 20 --data.val-tokens 65536 --sample-tokens 0",
-    "small": "--sample-tokens 0",  # besides these, --extra says where it trains
+    # A sibling on what tests/benchmarks/bpe_data.py writes, with windows and documents a quarter as long as well.
+    "small": f"""
+        --width 0.25 --model.vocab-size 4096 --data.bos 0 --model.ngram-rows 30720 --model.dc-window 28
+        --schedule.scheduled-steps 120 --schedule.extension-steps 4 --schedule.momentum-steps 28 5
+        {per_stage("tokens", 1024, 2048, 3072)} --schedule.extension.tokens 3072 --data.rows-per-step 1
+        {per_stage("max-doc-len", 224, 512, 512)} --schedule.extension.max-doc-len 512
+        {per_stage("windows", "32 96", "96 224", "160 352")} --schedule.extension.windows 192 416
+        --schedule.final-long-window 640 --val-every 20 --data.val-tokens 131072 --data.val-row-tokens 4096
+        --sample-tokens 0 --no-warmup""",
 }
+DATA = {"small": ["--data-dir", str(REPO / "data" / "nano_bpe")]}
+SCRIPT = {"nano": "train_gpt.py", "small": "evals/sibling.py"}
 
 RULES = "--optimizer.rules"
 ADAM = " ".join(
@@ -104,7 +115,7 @@ VARIANTS: dict[str, dict[str, str]] = {
         "no prefix loss": "--no-prefix-loss",
         "cooldown to 0.1": "--schedule.final-lr 0.1 --schedule.extension.lr 0.1",
         "with n-grams of three tokens": "--model.ngrams 2 3",
-        "with four times the rows for n-grams": "--model.ngram-rows 1509120",
+        "with four times the rows for n-grams": "--model.ngram-rows 122880",
     },
 }
 
@@ -125,7 +136,7 @@ class Result:
 def seconds_to_target(log: Log) -> float | None:
     """Training time at which the validation loss crosses the target, interpolated linearly between validations."""
     for before, after in pairwise(log.val):
-        if before.val_loss > log.target >= after.val_loss:
+        if log.target is not None and before.val_loss > log.target >= after.val_loss:
             part = (before.val_loss - log.target) / (before.val_loss - after.val_loss)
             return before.seconds + part * (after.seconds - before.seconds)
     return None
@@ -136,7 +147,7 @@ def digest(source: str) -> str:
 
 
 def launch(track: str, words: list[str], folder: Path, jobs: int, script: str = "train_gpt.py") -> Log:
-    """The log, in this folder, of `train_gpt.py TRACK` with these options, one of `jobs` that share the cores.
+    """The log, in this folder, of `script TRACK` with these options, one of `jobs` that share the cores.
 
     Raises RuntimeError, with the end of what it printed, where it fails or ends before its last step.
     """
@@ -193,8 +204,15 @@ def read_csv(path: Path, kind: type) -> list:
 
 def run(track: str, variant: str, seed: int, out: Path, jobs: int, extra: list[str]) -> Result:
     """Trains one variant. Raises what `launch` raises."""
-    words = ["--seed", str(seed), *COMMON[track].split(), *VARIANTS[track][variant].split(), *extra]
-    log = launch(track, words, out / "logs" / re.sub(r"\W", "_", f"{variant} {seed}"), jobs)
+    words = [
+        "--seed",
+        str(seed),
+        *DATA.get(track, []),
+        *COMMON[track].split(),
+        *VARIANTS[track][variant].split(),
+        *extra,
+    ]
+    log = launch(track, words, out / "logs" / re.sub(r"\W", "_", f"{variant} {seed}"), jobs, SCRIPT[track])
     numbers = log.final.val_loss, log.final.seconds, seconds_to_target(log)
     return Result(variant, seed, *numbers, digest(log.source), log.settings.get("CPU", ""))
 
@@ -244,14 +262,18 @@ def table(results: list[Result]) -> str:
         variant = pairs[0][0].variant
         delta = f"{change:+.4f}" if variant != FULL else ""
         rows.append((variant != FULL, -change, (variant, len(pairs), f"{loss:.4f}", delta, p, to_target, speed)))
-    head = ("variant", "n", "loss", "change", "p", "to the target", "training time, × full")
-    return markdown(head, [cells for *_, cells in sorted(rows)])
+    lines = [("variant", "n", "loss", "change", "p", "to the target", "training time, × full")]
+    lines += [cells for *_, cells in sorted(rows)]
+    if not any(result.to_target for result in results):  # none, as siblings have none
+        lines = [(*cells[:5], *cells[6:]) for cells in lines]
+    return markdown(lines[0], lines[1:])
 
 
 def report(track: str, results: list[Result]) -> str:
     """The table with the command of each variant."""
+    start = f"./run.sh {track}" if SCRIPT[track] == "train_gpt.py" else f"python {SCRIPT[track]} {track} …"
     ran = {r.variant for r in results}
-    commands = [f"- {v}: `./run.sh {track} {words}`" for v, words in VARIANTS[track].items() if words and v in ran]
+    commands = [f"- {v}: `{start} {words}`" for v, words in VARIANTS[track].items() if words and v in ran]
     return "\n".join([table(results), "", *commands, ""])
 
 
