@@ -33,8 +33,8 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parents[1]
 sys.path[:1] = [str(REPO), str(REPO / "tests"), str(REPO / "evals")]
 LOSSES = Path(__file__).with_name("gpu_day_losses.json")
-# Nats per token, of each of the 60 losses: ten times what bfloat16 takes on a CPU, 0.0049 (--write-losses).
-BOUND = 0.05
+# Nats per token, of each of the 60 losses: ten times what bfloat16 takes on a CPU, 0.0080 (--write-losses).
+BOUND = 0.08
 LIMITS = {"small": 150, "sibling": 90, "step": 200, "tests": 200, "attention": 60, "profile": 60}  # seconds
 
 
