@@ -549,7 +549,7 @@ def test_data_may_move_and_change_its_comments():
     ("old", "new", "reason"),
     [
         ("n = data.val_row_tokens", "n = data.val_row_tokens // 2", "validation_rows (line"),
-        ("need = [], 0, track.data.val_tokens + 1", "need = [], 0, 1000", "validation_tokens (line"),
+        ("need = [], {}, 0, track.data.val_tokens + 1", "need = [], {}, 0, 1000", "validation_tokens (line"),
         (".item() / self.track.data.val_tokens", ".item() / 2**20", "Trainer.validate (line"),
         ("    def validate(", "    def evaluate(", "Trainer.validate is defined 0 times"),
         ("class Trainer:", "class Coach:", "Trainer is defined 0 times"),
