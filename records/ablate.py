@@ -264,8 +264,8 @@ def table(results: list[Result]) -> str:
         rows.append((variant != FULL, -change, (variant, len(pairs), f"{loss:.4f}", delta, p, to_target, speed)))
     lines = [("variant", "n", "loss", "change", "p", "to the target", "training time, × full")]
     lines += [cells for *_, cells in sorted(rows)]
-    if not any(result.to_target for result in results):  # none, as siblings have none
-        lines = [(*cells[:5], *cells[6:]) for cells in lines]
+    if not any(result.to_target for result in results):  # a sibling: no target, and its time says nothing of the track
+        lines = [cells[:5] for cells in lines]
     return markdown(lines[0], lines[1:])
 
 
