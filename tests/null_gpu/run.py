@@ -129,6 +129,7 @@ def inside(trainer: Path, results: Path, arguments: list[str]) -> None:
     import torch
     import torch.distributed as dist
     from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+    from triton.runtime.jit import JITFunction
 
     import train_gpt
 
@@ -155,8 +156,23 @@ def inside(trainer: Path, results: Path, arguments: list[str]) -> None:
 
         setattr(owner, name, wrapper)
 
+    def phase(owner: object, name: str, what: str) -> None:
+        function = getattr(owner, name)
+
+        def wrapper(*args, **kwargs):
+            mark(f"begin {what}".encode())
+            try:
+                return function(*args, **kwargs)
+            finally:
+                mark(f"end {what}".encode())
+
+        setattr(owner, name, wrapper)
+
     marked(train_gpt.Trainer, "train_step", lambda trainer, step: f"step {step}")
     marked(train_gpt.Trainer, "validate", lambda trainer, settings, *rest, **more: f"validation {settings.step}")
+    phase(train_gpt.GPT, "forward", "forward")
+    phase(torch.Tensor, "backward", "backward")
+    phase(train_gpt.Optimizer, "step", "optimizer")
     loop = train_gpt.Loop.run
 
     def timed(self):
@@ -168,11 +184,24 @@ def inside(trainer: Path, results: Path, arguments: list[str]) -> None:
     run = CachingAutotuner.run
 
     def counted(self, *args, **kwargs):
+        gb = self.inductor_meta.get("kernel_num_gb", 0.0)
         if current:
-            gigabytes[current[-1]] += self.inductor_meta.get("kernel_num_gb", 0.0)
+            gigabytes[current[-1]] += gb
+        mark(f"launch {gb * 1e9:.0f}".encode())
         return run(self, *args, **kwargs)
 
     CachingAutotuner.run = counted
+    run_ours = JITFunction.run
+
+    def described(self, *args, **kwargs):
+        """Of the trainer's kernels: bytes of all that they are given, shapes."""
+        tensors = [getattr(x, "base", x) for x in args if hasattr(x, "shape")]
+        found = {x.data_ptr(): x.numel() * x.element_size() for x in tensors}
+        shapes = ["x".join(map(str, x.shape)) for x in tensors]
+        mark(f"launch {sum(found.values())} {' '.join(shapes)}".encode())
+        return run_ours(self, *args, **kwargs)
+
+    JITFunction.run = described
 
     # The words of tokens take a download, and probabilities that no kernel has computed may be no numbers.
     sys.modules["tiktoken"] = SimpleNamespace(get_encoding=lambda name: SimpleNamespace(decode=str))
