@@ -1243,27 +1243,52 @@ def fused_cross_entropy(
 
 
 # Scales of the FP8 head: the largest magnitudes expected, over the largest number of the format (e4m3).
-FP8_X, FP8_HEAD, FP8_GRAD = 100 / 448, 1.6 / 448, 0.75 / 448
+FP8_SCALES = FP8_X, FP8_HEAD, FP8_GRAD = 100 / 448, 1.6 / 448, 0.75 / 448
 
 
-def to_fp8(x: Tensor, scale: float) -> Tensor:
-    return (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
+@jit
+def _cast_transposed(
+    X,  # (R, C) contiguous
+    Y,  # (R, C) X / scale, clamped and rounded to the dtype of Y; not written unless CAST
+    Y_T,  # (C, R) its transpose
+    R,
+    C,
+    scale,
+    CAST: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One tile, whose transpose is written row by row: a strided copy writes byte by byte, each to another sector."""
+    rows = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    cols = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    inside = (rows[:, None] < R) & (cols[None, :] < C)
+    y = tl.load(X + rows[:, None] * C + cols[None, :], mask=inside, other=0)
+    if CAST:
+        y = tl.clamp(y.to(tl.float32) / scale, -448.0, 448.0).to(Y.dtype.element_ty)
+        tl.store(Y + rows[:, None] * C + cols[None, :], y, mask=inside)
+    tl.store(Y_T + cols[:, None] * R + rows[None, :], y.T, mask=inside.T)
 
 
-def quantize_head(head: Tensor) -> tuple[Tensor, Tensor]:
-    """The head (d, V) in FP8, and its transpose (V, d), both contiguous: see `head_matmul`."""
-    head8 = to_fp8(head, FP8_HEAD)
-    return head8, head8.T.contiguous()
+def fp8_and_transpose(x: Tensor, scale: float | None, fused: bool) -> tuple[Tensor, Tensor]:
+    """x / scale in FP8 e4m3 (R, C), or x itself where scale is None, and its transpose (C, R), both contiguous."""
+    if not fused:
+        y = x if scale is None else (x.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
+        return y, y.T.contiguous()
+    x = x.contiguous()
+    y = x if scale is None else torch.empty_like(x, dtype=torch.float8_e4m3fn)
+    y_T = y.new_empty(y.shape[::-1])
+    operands = (x, y, y_T) if scale else (each.view(torch.uint8) for each in (x, y, y_T))
+    block = 128 if x.is_cuda else 32
+    grid = triton.cdiv(x.size(0), block), triton.cdiv(x.size(1), block)
+    _cast_transposed[grid](*operands, *x.shape, scale or 1.0, CAST=scale is not None, BLOCK=block, num_warps=8)
+    return y, y_T
 
 
 def head_matmul(
-    a: Tensor, b: Tensor, scale_a: float, scale_b: float, fast_accum: bool = False, out: Tensor | None = None
+    a: Tensor, b: Tensor, *scales: Tensor | None, fast_accum: bool = False, out: Tensor | None = None
 ) -> Tensor:
     """a (m, k) times b (k, n). Operands in FP8 have scales, and must be contiguous along the summed dimension k."""
     if a.dtype.itemsize > 1:
         return torch.mm(a, b, out=out)
-    a, b = a.contiguous(), b.T.contiguous().T
-    scales = (torch.full((), scale, dtype=torch.float32, device=a.device) for scale in (scale_a, scale_b))
     return torch._scaled_mm(a, b, *scales, out_dtype=torch.bfloat16, use_fast_accum=fast_accum, out=out)
 
 
@@ -1295,7 +1320,7 @@ def _head_loss_op(
     chunk: int,  # positions whose logits exist at a time
     need_grad: bool,
     fused: bool,
-    head8: Tensor | None,  # (d, V) and (V, d) of `fp8_head`; None: no FP8
+    head8: Tensor | None,  # (d, V) and (V, d) of `GPT.fp8_head`; None: no FP8
     head8_T: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # loss and next-token loss, 0-dim; gradients of the loss: (T, d), (d, V)
     loss, nll = (torch.zeros((), dtype=wide(x.dtype), device=x.device) for _ in range(2))
@@ -1305,17 +1330,19 @@ def _head_loss_op(
     head_grad = torch.zeros_like(head, dtype=wide(x.dtype)) if adds_up else torch.empty_like(head[:0])
     fp8 = head8 is not None
     forward_head, backward_head = (head8_T.T, head8.T) if fp8 else (head, head.T)  # (d, V), (V, d)
+    scale_x, scale_head, scale_grad = (x.new_full((), s, dtype=torch.float32) if fp8 else None for s in FP8_SCALES)
     for begin in chunks:
         positions = slice(begin, begin + chunk)
-        ts = targets[:, positions].contiguous()
-        xs = to_fp8(x[positions], FP8_X) if fp8 else x[positions]
-        logits = head_matmul(xs, forward_head, FP8_X, FP8_HEAD, fast_accum=True)
+        ts, xs = targets[:, positions].contiguous(), x[positions]
+        xs, xs_T = fp8_and_transpose(xs, FP8_X, fused) if fp8 else (xs, xs.T)
+        logits = head_matmul(xs, forward_head, scale_x, scale_head, fast_accum=True)
         losses, nlls, grad = head_cross_entropy(logits, ts, weights, need_grad, fused, fp8)
         loss += losses.sum()
         nll += nlls.sum()
         if need_grad:
-            head_matmul(grad, backward_head, FP8_GRAD, FP8_HEAD, out=x_grad[positions])
-            part = head_matmul(xs.T, grad, FP8_X, FP8_GRAD)
+            head_matmul(grad, backward_head, scale_grad, scale_head, out=x_grad[positions])
+            grad_T = fp8_and_transpose(grad, None, fused)[1] if fp8 else grad.T
+            part = head_matmul(xs_T, grad_T.T, scale_x, scale_grad)
             head_grad = part if len(chunks) == 1 else head_grad.add_(part)
     return loss, nll, x_grad, head_grad.to(head.dtype)
 
@@ -1893,7 +1920,7 @@ class GPT(nn.Module):
         # The longest other token that each token begins with, -1: none; see `set_prefixes`.
         no_prefix = torch.full((V,), -1)
         self.register_buffer("prefix", no_prefix.to(runtime.device), persistent=False)
-        self._row_loss, self._quantize_head = runtime.compiled(self._row_loss), runtime.compiled(quantize_head)
+        self._row_loss = runtime.compiled(self._row_loss)
         # What `Lookup` adds the gradients of a step to, where compiled: one sum per table of a parameter.
         self.table_sums: dict[str, list[Tensor]] = {}
         for name in ("embed", "value_embeds", "ngram_embed"):
@@ -1922,7 +1949,7 @@ class GPT(nn.Module):
     @torch.no_grad()
     def fp8_head(self) -> tuple[Tensor | None, Tensor | None]:
         """What `forward` wants of the head where training runs it in FP8: made once for all rows of a step."""
-        return self._quantize_head(self.head) if self.runtime.fp8 else (None, None)
+        return fp8_and_transpose(self.head, FP8_HEAD, self.runtime.fused) if self.runtime.fp8 else (None, None)
 
     def forward(
         self,

@@ -25,6 +25,23 @@ KINDS = pytest.mark.parametrize("device, dtype, tolerance", INTERPRETED + ON_GPU
 sizes = st.integers(1, 70)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def fp8_rounded_as_on_a_gpu():
+    """To nearest: Triton's interpreter loses the carry where FP8 rounds up to a power of two (-124.7 becomes -64)."""
+    from triton.runtime import interpreter
+
+    kinds, convert = {"fp8e4nv": torch.float8_e4m3fn, "fp8e5": torch.float8_e5m2}, interpreter._convert_float
+
+    def to_nearest(data, source, target, rounding):
+        if str(source) != "fp32" or str(target) not in kinds:
+            return convert(data, source, target, rounding)
+        return torch.from_numpy(data).to(kinds[str(target)]).view(torch.uint8).numpy()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_convert_float", to_nearest)
+        yield
+
+
 def error(found: torch.Tensor, truth: torch.Tensor) -> float:
     """Largest difference over the root mean square of the truth."""
     return float(
@@ -235,7 +252,7 @@ def head_truth(x, head, targets, weights) -> tuple[torch.Tensor, ...]:
 def run_head(x, head, targets, weights, chunk, fused, fp8=False) -> tuple[torch.Tensor, ...]:
     """Loss, next-token loss, and the gradients of a loss that is halved after it."""
     x, head = x.clone().requires_grad_(), head.clone().requires_grad_()
-    head8 = train_gpt.quantize_head(head.detach()) if fp8 else (None, None)
+    head8 = train_gpt.fp8_and_transpose(head.detach(), train_gpt.FP8_HEAD, fused) if fp8 else (None, None)
     loss, nll, _, _ = torch.ops.speedrun.head_loss(x, head, targets, weights, chunk, True, fused, *head8)
     x_grad, head_grad = torch.autograd.grad(loss / 2, (x, head))
     return loss.detach(), nll, 2 * x_grad, 2 * head_grad
@@ -273,9 +290,8 @@ def test_the_fp8_head(device, fused, chunk):
     """Relative error (Frobenius); a forgotten scale or a wrong transpose is off by far more.
 
     Rounding a number to the 2 bits of e5m2 is an error of 5.1e-2 (root mean square), and that is what the gradients
-    have; the losses are within 5e-3. The interpreter rounds e5m2 toward zero, which is twice as far as to the nearest.
+    have; the losses are within 5e-3.
     """
-    most = 1e-1 if fused and device == "cpu" else 5.5e-2
     if device == "cuda" and torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("no FP8 before compute capability 8.9")
     T, d, V = 32, 128, 192
@@ -285,7 +301,27 @@ def test_the_fp8_head(device, fused, chunk):
     found = run_head(x, head, targets.to(device), weights.to(device), chunk, fused, fp8=True)
     truth = head_truth(exact_x, exact_head, targets, weights)
     errors = [float((a.detach().double().cpu() - b).norm() / b.norm()) for a, b in zip(found, truth, strict=True)]
-    assert max(errors[:2]) < 5e-3 and max(errors[2:]) < most, errors
+    assert max(errors[:2]) < 5e-3 and max(errors[2:]) < 5.5e-2, errors
+
+
+@pytest.mark.parametrize("device", FP8_DEVICES)
+@given(rows=sizes, cols=sizes, seed=st.integers(0, 100))
+@settings(max_examples=20, deadline=None)
+def test_fp8_and_its_transpose(device, rows, cols, seed):
+    """The kernel against its plain twin, and that against float64: e4m3 keeps 4 significant bits, and 448 at most.
+
+    Catches a tile at the edge that is left out, rounding to bfloat16 before, a transpose of another tile.
+    """
+    if device == "cuda" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("no FP8 before compute capability 8.9")
+    x, exact = rounded(random(rows, cols, seed=seed, scale=300.0), device, torch.bfloat16)
+    for fused in (False, True):
+        x8, x8_T = train_gpt.fp8_and_transpose(x, 1.5, fused)
+        assert x8.is_contiguous() and x8_T.is_contiguous() and torch.equal(x8.T.float(), x8_T.float())
+        truth = (exact / 1.5).clamp(-448, 448)
+        assert ((x8.double().cpu() - truth).abs() <= 2**-4 * truth.abs() + 2**-10).all()
+        same, bytes_T = train_gpt.fp8_and_transpose(x8, None, fused)
+        assert same is x8 and bytes_T.dtype == x8.dtype and torch.equal(bytes_T.float(), x8.float().T)
 
 
 def test_the_fp8_head_is_made_once_per_step(monkeypatch, tiny_data):
@@ -372,7 +408,7 @@ import train_gpt
 from train_gpt import BIG_TILES, SMALL_TILES
 
 SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KB a program can have (CUDA C++ Programming Guide)
-MULTIPLES_OF_16 = {"r", "c", "M", "N", "T", "V"}  # as Triton itself finds out for the sizes of `small`
+MULTIPLES_OF_16 = {"r", "c", "M", "N", "T", "V", "R", "C"}  # as Triton itself finds out for the sizes of `small`
 
 def compile(kernel, capability, types, constants, warps, stages):
     types = types | {name: "constexpr" for name in constants}
@@ -408,6 +444,10 @@ for capability in map(int, sys.argv[1:]):
         pointers = {"logits": "*bf16", "targets": "*i64", "weights": "*fp32", "losses": "*fp32", "nlls": "*fp32"}
         types = pointers | {"grad": grad, "grad_scale": "fp32"} | ints("T V")
         compile(train_gpt._cross_entropy, capability, types, {"K": 4, "GRAD": True, "BLOCK": 4096}, 8, 3)
+    for cast in [False] + [True] * (capability >= 89):
+        types = dict(zip(("X", "Y", "Y_T"), ("*bf16", "*fp8e4nv", "*fp8e4nv") if cast else ("*u8",) * 3))
+        compile(train_gpt._cast_transposed, capability, types | {"R": "i32", "C": "i32", "scale": "fp32"},
+                {"CAST": cast, "BLOCK": 128}, 8, 3)
     print(capability, "compiled")
 """
 

@@ -94,7 +94,7 @@ class Reader:
                     phase, head = "rest", False
                 continue
             # The loss is computed, with its gradients, at the end of the forward pass; see `_head_loss_op`.
-            head |= phase == "forward" and (self._of_head(line) or "loat8" in line[1])
+            head |= phase == "forward" and (self._of_head(line) or "cast_transposed" in line[1] or "loat8" in line[1])
             self._add(line, phase, head, given)
         for (_, name), kernel in self.kernels.items():
             if name in ATTENTION:

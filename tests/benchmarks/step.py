@@ -213,7 +213,7 @@ def time_kernels(track: Track, options: argparse.Namespace, runtime: Runtime) ->
     targets = torch.randint(0, V, (2, T), device=device)
 
     def head_loss(fused: bool, fp8: bool) -> Callable[[], object]:
-        head8 = train_gpt.quantize_head(head.detach()) if fp8 else (None, None)
+        head8 = train_gpt.fp8_and_transpose(head.detach(), train_gpt.FP8_HEAD, fused) if fp8 else (None, None)
         op = lambda: torch.ops.speedrun.head_loss(x, head, targets, weights, chunk, True, fused, *head8)[0]
         return lambda: torch.autograd.grad(op(), (x, head))
 
