@@ -4,7 +4,7 @@
     python records/tables.py --check    # exit code 1 where a table is not current
 
 Tables: `leaderboard` (folders records/TRACK/DATE_NAME/ with their logs), `history small` and `history medium`
-(history.csv), `ablation` (nano/ablation/ablation.csv).
+(history.csv), `ablation TRACK` (TRACK/ablation/ablation.csv).
 """
 
 from __future__ import annotations
@@ -66,16 +66,17 @@ def history(track: str) -> str:
     return markdown(("#", "seconds", "date", "change", "by"), rows)
 
 
-def ablation() -> str:
-    rows = ablate.read_csv(RECORDS / "nano" / "ablation" / "ablation.csv", ablate.Result)
-    return ablate.table(rows) if rows else "Not measured yet: `python records/ablate.py`."
+def ablation(track: str) -> str:
+    rows = ablate.read_csv(RECORDS / track / "ablation" / "ablation.csv", ablate.Result)
+    return ablate.table(rows) if rows else f"Not measured yet: `python records/ablate.py {track}`."
 
 
 TABLES = {
     "leaderboard": leaderboard,
     "history small": lambda: history("small"),
     "history medium": lambda: history("medium"),
-    "ablation": ablation,
+    "ablation nano": lambda: ablation("nano"),
+    "ablation small": lambda: ablation("small"),
 }
 
 
