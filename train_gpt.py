@@ -778,6 +778,11 @@ def norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),))
 
 
+def add_weighted(x: Tensor, weight: Tensor, y: Tensor) -> Tensor:
+    """x + weight * y, which broadcast. Compiled, addcmul would keep each of the two times 1, by a kernel of its own."""
+    return x + weight * y if torch.compiler.is_compiling() else torch.addcmul(x, weight, y)
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding of adjacent dim pairs: x_2j <- x_2j cos + x_2j+1 sin, x_2j+1 <- x_2j+1 cos - x_2j sin.
 
@@ -1846,12 +1851,12 @@ class Streams(dict[str, Tensor]):
     def merge(self, x: Tensor, y: Tensor, part: str, layer: int) -> Tensor:
         """The stream x and what attention or the MLP makes of it, weighed. (T, d)"""
         resid, branch = (self.coefficient(f"{part}_{what}", layer) for what in ("resid", "branch"))
-        return torch.addcmul(resid * x, branch, y)
+        return add_weighted(resid * x, branch, y)
 
     def add(self, x: Tensor, role: str, layer: int, factor: Tensor | float = 1.0) -> Tensor:
         """x and all streams that have this role in the layer, each times its coefficient and the factor."""
         for source, weight in self.coefficients.get((role, layer), ()):
-            x = torch.addcmul(x, factor * weight, self[source])
+            x = add_weighted(x, factor * weight, self[source])
         return x
 
 
@@ -2061,7 +2066,7 @@ class GPT(nn.Module):
             else:
                 seen = torch.cat((a[:, : c.gate_dim // 2], ve[:, : c.gate_dim // 2]), dim=1)
                 gate = 2 * torch.sigmoid(F.linear(seen, self.value_gates[layer.value_gate]))
-            v = torch.addcmul(v, gate[..., None], ve.view_as(v))
+            v = add_weighted(v, gate[..., None], ve.view_as(v))
         y = self._heads(layer, q, k, v, streams.coefficient("dc_in", i), streams.coefficient("dc_out", i), row, context)
         if (strength := streams.coefficient("xsa", i)) is not None:
             unit = F.normalize(v, dim=-1, eps=1e-4)
@@ -2098,7 +2103,7 @@ class GPT(nn.Module):
         if dc_in is not None:
             mix = F.rms_norm(dc_in.to(wide(dc_in.dtype)), (H,), eps=1e-6).to(dc_in.dtype).expand(T, H)
             composed = self.composed_attention(q, k, v, mix, cu_seqlens, context.attn_scale, self.config.dc_window - 1)
-            y = torch.addcmul(y, dc_out[..., None], composed)
+            y = add_weighted(y, dc_out[..., None], composed)
         return y
 
     @torch.no_grad()
