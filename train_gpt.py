@@ -1995,9 +1995,7 @@ class GPT(nn.Module):
         """The normed stream from which the head predicts."""
         c, last = self.config, self.config.num_layers - 1
         # The banks are taken apart once: indexing them layer by layer would make each backward write a whole bank.
-        num_attention = len(c.attention_layers)
-        qk_bank = self.qk_bank[: self.qk_each * num_attention].split(self.qk_each) if num_attention else ()
-        vo_bank, mlp_bank = self.vo_bank.unbind() if num_attention else (), self.mlp_bank.unbind()
+        attention_weights, mlp_bank = self._attention_weights(), self.mlp_bank.unbind()
         values = self.lookup("value_embeds", row.inputs) if hasattr(self, "value_embeds") else ()
 
         x = x0 = norm(self._smeared_embedding(row.inputs))
@@ -2016,8 +2014,7 @@ class GPT(nn.Module):
             if i == 0:
                 streams["first"] = x
             if layer.attention is not None:
-                a, slot = late_input if layer.late else norm(x), layer.attention
-                weights = qk_bank[slot], *vo_bank[2 * slot : 2 * slot + 2]
+                a, weights = late_input if layer.late else norm(x), attention_weights[layer.attention]
                 x = streams.merge(x, self._attention_layer(i, a, *weights, row, context, streams), "attention", i)
                 x = streams.add(x, "inject", i)
             mlp = relu_squared_mlp(norm(x), mlp_bank[2 * i], mlp_bank[2 * i + 1], self.runtime.fused)
@@ -2026,6 +2023,17 @@ class GPT(nn.Module):
             if i == c.late_input:
                 late_input = norm(x)
         return norm(streams.add(x, "end", last))
+
+    def _attention_weights(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Wq over Wk (2d, d), Wv and Wo (d, d) of each attention layer, times its lambdas: all in a few kernels."""
+        layers, d = self.config.attention_layers, self.config.width
+        if not layers:
+            return []
+        lambdas = torch.stack([self.sa_lambda[i] for i in layers])[..., None, None]  # (layers, 2, 1, 1)
+        qk = self.qk_bank[: self.qk_each * len(layers)].view(-1, 2 * d, d)
+        vo = self.vo_bank[: 2 * len(layers)].view(-1, 2, d, d)
+        qk, vo = (lambdas[:, 0] * qk).to(qk.dtype), (lambdas * vo).to(vo.dtype)
+        return [(qk_of, *vo_of) for qk_of, vo_of in zip(qk.unbind(), vo.unbind(), strict=True)]
 
     def _smeared_embedding(self, tokens: Tensor) -> Tensor:
         """Embeddings of the tokens (T, d), each with a part of the one before."""
@@ -2046,7 +2054,7 @@ class GPT(nn.Module):
         self,
         i: int,
         a: Tensor,  # (T, d) normed input
-        w_qk: Tensor,  # (matrices, qk_heads * D, d)
+        w_qk: Tensor,  # (2d, d)
         w_v: Tensor,  # (d, d)
         w_o: Tensor,  # (d, d)
         row: Row,
@@ -2055,10 +2063,9 @@ class GPT(nn.Module):
     ) -> Tensor:  # (T, d)
         """What the attention of layer i adds to the stream, before its weight."""
         c, layer, T = self.config, self.layers[i], len(a)
-        sa_qkv, sa_o = self.sa_lambda[i].unbind()
         # Each by itself: as one slab their gradients would be put together and taken apart again.
-        q, k = F.linear(a, sa_qkv * w_qk.flatten(0, 1)).view(T, 2, c.num_heads, c.head_dim).unbind(1)
-        v = streams.add(F.linear(a, sa_qkv * w_v), "values", i).view(T, c.num_heads, c.head_dim)
+        q, k = F.linear(a, w_qk).view(T, 2, c.num_heads, c.head_dim).unbind(1)
+        v = streams.add(F.linear(a, w_v), "values", i).view(T, c.num_heads, c.head_dim)
         if layer.table is not None:
             ve = streams[f"value{i}"]
             if layer.value_gate is None:
@@ -2073,7 +2080,7 @@ class GPT(nn.Module):
             y = y - (torch.tanh(strength) * (y * unit).sum(-1))[..., None] * unit
         if (gate := streams.coefficient("gate", i)) is not None:
             y = gate[..., None] * y
-        return F.linear(y.flatten(1), sa_o * w_o)
+        return F.linear(y.flatten(1), w_o)
 
     def _heads(
         self,
