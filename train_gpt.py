@@ -1288,6 +1288,15 @@ def fp8_and_transpose(x: Tensor, scale: float | None, fused: bool) -> tuple[Tens
     return y, y_T
 
 
+def _fp8_fake(x: Tensor, scale: float, fused: bool) -> tuple[Tensor, Tensor]:
+    return tuple(x.new_empty(shape, dtype=torch.float8_e4m3fn) for shape in (x.shape, x.shape[::-1]))
+
+
+@operator("fp8_and_transpose", fake=_fp8_fake)
+def _fp8_op(x: Tensor, scale: float, fused: bool) -> tuple[Tensor, Tensor]:
+    return fp8_and_transpose(x, scale, fused)
+
+
 def head_matmul(
     a: Tensor, b: Tensor, *scales: Tensor | None, fast_accum: bool = False, out: Tensor | None = None
 ) -> Tensor:
@@ -1954,7 +1963,9 @@ class GPT(nn.Module):
     @torch.no_grad()
     def fp8_head(self) -> tuple[Tensor | None, Tensor | None]:
         """What `forward` wants of the head where training runs it in FP8: made once for all rows of a step."""
-        return fp8_and_transpose(self.head, FP8_HEAD, self.runtime.fused) if self.runtime.fp8 else (None, None)
+        if not self.runtime.fp8:
+            return None, None
+        return torch.ops.speedrun.fp8_and_transpose(self.head, FP8_HEAD, self.runtime.fused)
 
     def forward(
         self,
