@@ -43,7 +43,7 @@ TRACE = [
 
 
 def test_a_trace_is_sorted_into_parts():
-    steps = roofline.marked_steps([line.split("\t") for line in TRACE])
+    steps = roofline.null.timed([line.split("\t") for line in TRACE])
     kernels = roofline.Reader(SMALL.model, {"forward": 5.0, "backward": 7.0}).read(steps["step 0"])
     found = {key: (kernel.launches, kernel.flops, kernel.bytes, kernel.rate) for key, kernel in kernels.items()}
     assert found == {

@@ -198,7 +198,7 @@ def shortened(track: Track) -> list[str]:
 def mean_step(case: null.Case, track: Track, first: int, rows: dict[int, list]) -> list[Kernel]:
     """Kernels of an even and an odd step, halved."""
     total: dict[tuple[str, str], Kernel] = {}
-    traced = marked_steps(case.trace(0))
+    traced = null.timed(case.trace(0))
     for step in (first, first + 1):
         reader = Reader(track.model, attention_flops(track, track.at(step), rows[step]))
         for key, kernel in reader.read(traced[f"step {step}"]).items():
@@ -207,21 +207,6 @@ def mean_step(case: null.Case, track: Track, first: int, rows: dict[int, list]) 
             mean.flops += kernel.flops / 2
             mean.bytes += kernel.bytes / 2
     return list(total.values())
-
-
-def marked_steps(trace: list[list[str]]) -> dict[str, list[list[str]]]:
-    """Lines of each step after the clock had started, with the marks in them."""
-    found, current, started = {}, None, False
-    for line in trace:
-        if line[0] == "mark":
-            verb, _, what = line[1].partition(" ")
-            started |= what == "loop 0"
-            if what.startswith(("step ", "validation ")):
-                current = found.setdefault(what, []) if started and verb == "begin" else None
-                continue
-        if current is not None:
-            current.append(line)
-    return found
 
 
 def communication(track: Track, step: int) -> float:

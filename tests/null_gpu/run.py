@@ -342,14 +342,14 @@ class Case:
         for what, numbers in self.budget().items() if results else ():
             text.append(f"  {what}: " + ", ".join(f"{value:,} {name}" for name, value in numbers.items()))
             if verbose:
-                lines = timed(trace)[what]
+                lines = [line for line in timed(trace)[what] if line[0] != "mark"]
                 names = Counter(" ".join(line[:3])[:150] if line[0] != "triton" else line[1] for line in lines)
                 text += [f"      {number:5} {name}" for name, number in names.most_common()]
         return "\n".join(text)
 
 
 def timed(trace: list[list[str]]) -> dict[str, list[list[str]]]:
-    """What happened in each step and validation after the clock had started."""
+    """What happened in each step and validation after the clock had started, with the marks inside."""
     found, current, started = {}, None, False
     for line in trace:
         if line[0] == "mark":
@@ -357,7 +357,8 @@ def timed(trace: list[list[str]]) -> dict[str, list[list[str]]]:
             started |= what == "loop 0"
             if started and what.startswith(("step", "validation")):
                 current = found.setdefault(what, []) if begins == "begin" else None
-        elif current is not None:
+                continue
+        if current is not None:
             current.append(line)
     return found
 
