@@ -791,6 +791,25 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2) * sin
 
 
+def normed_and_rotated(
+    qk: Tensor,  # (T, 2, H, D) queries and keys
+    cos: Tensor,  # (T, G, D) of the positions; G: how many heads attend as one sequence, 2 where they are paired
+    sin: Tensor,
+    offset: bool,  # partial key offset: the dims of a key that rotary embedding lets stand come from the token before
+    fused: bool = False,
+) -> tuple[Tensor, Tensor]:  # (T, H, D) each
+    """RMSNorm of each query and key, and rotary embedding: head h turns by the (h G / H)-th of a token's positions."""
+    if fused:
+        return torch.ops.speedrun.norm_rotary(qk, cos, sin, offset)[:2]
+    (T, _, H, D), G = qk.shape, cos.size(1)
+    # Each by itself: as one slab their gradients would be put together and taken apart again.
+    q, k = (rotate(norm(x).view(T, G, H // G, D), cos[:, :, None], sin[:, :, None]) for x in qk.unbind(1))
+    if offset:
+        still = k[..., D // 2 :]
+        k = torch.cat((k[..., : D // 2], torch.cat((still[:1], still[:-1]))), dim=-1)
+    return q.reshape(T, H, D), k.reshape(T, H, D)
+
+
 def attention(
     q: Tensor,  # (T, heads, D)
     k: Tensor,  # (T, heads, D)
@@ -1068,6 +1087,136 @@ def _symmetric_product_op(X: Tensor) -> Tensor:
 def _quadratic_op(A: Tensor, a: float, b: float, c: float) -> Tensor:
     """aI + bA + cA^2 of each symmetric matrix. A (n, r, r)."""
     return _launch_symmetric(A, c, b, a, add=True)
+
+
+@jit
+def _norm_rotary(
+    QK,  # (T, 2, H, D) queries and keys, or backward where their gradient goes
+    Q,  # (T, H, D) contiguous, as all others: the results, or backward their gradients
+    K,
+    Q_OUT,  # (T, H, D) of backward: the results
+    K_OUT,
+    RSTD,  # (T, 2, H) float32, over the root mean square of each
+    LAST,  # (H, D / 2): under OFFSET what the last token would give the next
+    COS,  # (T, G, D)
+    SIN,
+    T,
+    eps,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    G: tl.constexpr,
+    OFFSET: tl.constexpr,
+    FORWARD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Some tokens, the queries or the keys of one group of heads. Only the first half of the dims turns.
+
+    Of y = R x / rms the gradient is R^T (g - y mean(g y)) / rms: backward wants no x, and attention keeps y anyway.
+    """
+    t = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)[:, None]
+    is_key = tl.program_id(1) // G
+    group = tl.program_id(1) % G
+    cols = tl.arange(0, D // 2)[None, :]
+    other = cols ^ 1  # of the pair of dims
+    inside = (t < T) & (cols < D)
+    still = t + is_key * OFFSET  # the token to which the dims that stand go
+    whole = inside & (still < T)
+    own = inside & (t == 0) & (still > t)  # the first token keeps its own, too
+    lost = inside & (still == T)
+    cos = tl.load(COS + (t * G + group) * D + cols, mask=inside, other=0.0).to(tl.float32)
+    sin = tl.load(SIN + (t * G + group) * D + cols, mask=inside, other=0.0).to(tl.float32)
+    if is_key:
+        X, Y = K, K_OUT
+    else:
+        X, Y = Q, Q_OUT
+    for i in range(H // G):
+        head = group * (H // G) + i
+        slab = QK + ((t * 2 + is_key) * H + head) * D
+        rstd_at = RSTD + (t * 2 + is_key) * H + head
+        at = (t * H + head) * D
+        stand = (still * H + head) * D + D // 2 + cols
+        last = LAST + ((t + 1 - T) * H + head) * (D // 2) + cols
+        if FORWARD:
+            a = tl.load(slab + cols, mask=inside, other=0.0).to(tl.float32)
+            a_other = tl.load(slab + other, mask=inside, other=0.0).to(tl.float32)
+            b = tl.load(slab + D // 2 + cols, mask=inside, other=0.0).to(tl.float32)
+            rstd = tl.rsqrt((tl.sum(a * a, axis=1) + tl.sum(b * b, axis=1)) / D + eps)[:, None]
+            tl.store(rstd_at, rstd, mask=t < T)
+            tl.store(X + at + cols, ((a * cos + a_other * sin) * rstd).to(X.dtype.element_ty), mask=inside)
+            b = (b * rstd).to(X.dtype.element_ty)
+            tl.store(X + stand, b, mask=whole)
+            if OFFSET:
+                tl.store(X + at + D // 2 + cols, b, mask=own)
+                tl.store(last, b, mask=lost)
+        else:
+            g = tl.load(X + at + cols, mask=inside, other=0.0).to(tl.float32)
+            g_other = tl.load(X + at + other, mask=inside, other=0.0).to(tl.float32)
+            y = tl.load(Y + at + cols, mask=inside, other=0.0).to(tl.float32)
+            y_other = tl.load(Y + at + other, mask=inside, other=0.0).to(tl.float32)
+            h = tl.load(X + stand, mask=whole, other=0.0).to(tl.float32)
+            z = tl.load(Y + stand, mask=whole, other=0.0).to(tl.float32)
+            if OFFSET:
+                h += tl.load(X + at + D // 2 + cols, mask=own, other=0.0).to(tl.float32)
+                z += tl.load(last, mask=lost, other=0.0).to(tl.float32)
+            mean = ((tl.sum(g * y, axis=1) + tl.sum(h * z, axis=1)) / D)[:, None]
+            rstd = tl.load(rstd_at, mask=t < T, other=0.0)
+            turned = (g - y * mean) * cos - (g_other - y_other * mean) * sin
+            tl.store(slab + cols, (turned * rstd).to(QK.dtype.element_ty), mask=inside)
+            tl.store(slab + D // 2 + cols, ((h - z * mean) * rstd).to(QK.dtype.element_ty), mask=inside)
+
+
+def _launch_norm_rotary(qk, q, k, q_out, k_out, rstd, last, cos, sin, offset: bool, forward: bool) -> None:
+    (T, _, H, D), G = qk.shape, cos.size(1)
+    sizes = {"H": H, "D": D, "G": G, "OFFSET": offset, "FORWARD": forward, "BLOCK": 16, "num_warps": 4}
+    eps = torch.finfo(wide(qk.dtype)).eps
+    _norm_rotary[triton.cdiv(T, 16), 2 * G](qk, q, k, q_out, k_out, rstd, last, cos, sin, T, eps, **sizes)
+
+
+def _norm_rotary_fake(qk, cos, sin, offset):
+    T, _, H, D = qk.shape
+    rstd, last = qk.new_empty(T, 2, H, dtype=torch.float32), qk.new_empty(H, D // 2)
+    return qk.new_empty(T, H, D), qk.new_empty(T, H, D), rstd, last
+
+
+@operator("norm_rotary", fake=_norm_rotary_fake)
+def _norm_rotary_op(qk: Tensor, cos: Tensor, sin: Tensor, offset: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    qk = qk.contiguous()
+    q, k, rstd, last = _norm_rotary_fake(qk, cos, sin, offset)
+    _launch_norm_rotary(qk, q, k, q, k, rstd, last, cos, sin, offset, forward=True)
+    return q, k, rstd, last
+
+
+@operator("norm_rotary_backward", fake=lambda q_grad, k_grad, q, *_: q.new_empty(q.size(0), 2, *q.shape[1:]))
+def _norm_rotary_backward_op(
+    q_grad: Tensor,
+    k_grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    rstd: Tensor,
+    last: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    offset: bool,
+) -> Tensor:
+    qk_grad = q.new_empty(q.size(0), 2, *q.shape[1:])
+    grads = q_grad.contiguous(), k_grad.contiguous()
+    _launch_norm_rotary(qk_grad, *grads, q, k, rstd, last, cos, sin, offset, forward=False)
+    return qk_grad
+
+
+def _norm_rotary_setup_context(ctx, inputs: tuple, output: tuple) -> None:
+    ctx.set_materialize_grads(False)
+    _, cos, sin, ctx.offset = inputs
+    ctx.save_for_backward(*output, cos, sin)
+
+
+def _norm_rotary_backward(ctx, q_grad: Tensor, k_grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    return torch.ops.speedrun.norm_rotary_backward(q_grad, k_grad, *ctx.saved_tensors, ctx.offset), None, None, None
+
+
+torch.library.register_autograd(
+    "speedrun::norm_rotary", _norm_rotary_backward, setup_context=_norm_rotary_setup_context
+)
 
 
 @jit
@@ -2225,8 +2374,7 @@ class GPT(nn.Module):
     ) -> Tensor:  # (T, d)
         """What the attention of layer i adds to the stream, before its weight."""
         c, layer, T, fp8 = self.config, self.layers[i], len(a), "attention" in self.runtime.fp8
-        # Each by itself: as one slab their gradients would be put together and taken apart again.
-        q, k = linear(a, w_qk, fp8, math.sqrt(c.width)).view(T, 2, c.num_heads, c.head_dim).unbind(1)
+        qk = linear(a, w_qk, fp8, math.sqrt(c.width)).view(T, 2, c.num_heads, c.head_dim)
         v = streams.add(linear(a, w_v, fp8, math.sqrt(c.width)), "values", i).view(T, c.num_heads, c.head_dim)
         if layer.table is not None:
             ve = streams[f"value{i}"]
@@ -2236,7 +2384,7 @@ class GPT(nn.Module):
                 seen = torch.cat((a[:, : c.gate_dim // 2], ve[:, : c.gate_dim // 2]), dim=1)
                 gate = 2 * torch.sigmoid(F.linear(seen, self.value_gates[layer.value_gate]))
             v = add_weighted(v, gate[..., None], ve.view_as(v))
-        y = self._heads(layer, q, k, v, streams.coefficient("dc_in", i), streams.coefficient("dc_out", i), row, context)
+        y = self._heads(layer, qk, v, streams.coefficient("dc_in", i), streams.coefficient("dc_out", i), row, context)
         if (strength := streams.coefficient("xsa", i)) is not None:
             unit = F.normalize(v, dim=-1, eps=1e-4)
             y = y - (torch.tanh(strength) * (y * unit).sum(-1))[..., None] * unit
@@ -2247,8 +2395,7 @@ class GPT(nn.Module):
     def _heads(
         self,
         layer: Layer,
-        q: Tensor,  # (T, H, D)
-        k: Tensor,  # (T, H, D)
+        qk: Tensor,  # (T, 2, H, D)
         v: Tensor,  # (T, H, D)
         dc_in: Tensor | None,  # (T, H) or (H,), weights of the heads in what they compose
         dc_out: Tensor | None,  # likewise, of what they compose in each head
@@ -2256,15 +2403,11 @@ class GPT(nn.Module):
         context: Context,
     ) -> Tensor:  # (T, H, D)
         """QK-norm, rotary embedding, key offset, paired heads, attention, and its composition."""
-        T, H, D = q.shape
+        T, H, D = v.shape
         # Paired heads: (T, H, D) is read as 2T positions of H/2 heads, head h at 2t and head h + H/2 at 2t + 1.
         G = 2 if layer.paired else 1
-        cos, sin = (table.view(T, G, 1, D) for table in context.rotary[G - 1])
-        q, k = (rotate(norm(x).view(T, G, H // G, D), cos, sin) for x in (q, k))
-        if layer.long and self.config.key_offset:
-            # Partial key offset: the stationary dims of a key come from the token before.
-            still = k[..., D // 2 :]
-            k = torch.cat((k[..., : D // 2], torch.cat((still[:1], still[:-1]))), dim=-1)
+        cos, sin = (table.view(T, G, D) for table in context.rotary[G - 1])
+        q, k = normed_and_rotated(qk, cos, sin, layer.long and self.config.key_offset, self.runtime.fused)
         q, k, v = (x.reshape(G * T, H // G, D) for x in (q, k, v))
         cu_seqlens, max_seqlen = G * row.cu_seqlens, G * row.max_seqlen
         window = context.windows[1] if layer.long else context.windows[0]

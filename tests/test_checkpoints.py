@@ -548,7 +548,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(tiny_data, tmp_path, before,
 
 
 def test_scales_of_fp8_are_each_ranks_own_and_at_another_number_of_ranks_the_largest(tiny_data, tmp_path):
-    """Catches: scales of rank 0 for all, lost, or or too small for another rank; a warm-up's that stay."""
+    """Catches: scales of rank 0 for all, lost, or too small for another rank; a warm-up's that stay."""
     track, values = tiny_track(rows_per_step=4), torch.tensor([[3.0, 0.5, 1, 1, 1], [1, 2, 1, 1, 1]])
     trainer_of = lambda rank, world_size: Trainer(track, cpu(rank=rank, world_size=world_size), tiny_data, seed=0)
     for rank, scale in enumerate(values):

@@ -119,6 +119,49 @@ def test_every_tile_below_the_diagonal_is_numbered_once(tiles):
     assert pairs.tolist() == [[row, col] for row in range(tiles) for col in range(row + 1)]
 
 
+# ---- norm and rotary embedding ----
+
+
+@KINDS
+@pytest.mark.parametrize("G", [1, 2])
+@pytest.mark.parametrize("offset", [False, True])
+@settings(max_examples=6, deadline=None)
+@given(T=st.integers(1, 40), H=st.sampled_from([2, 4]), D=st.sampled_from([8, 16]))
+def test_norm_rotary_and_key_offset(device, dtype, tolerance, G, offset, T, H, D):
+    """Kernel and twin against the formula in float64, results and gradients.
+
+    Catches a rotation by another position, the wrong half of heads, a transposed rotation backward, the key of the
+    first or of the last token under the offset, and a gradient of the norm that forgets one half of the dims.
+    """
+    qk, exact = rounded(random(T, 2, H, D, scale=2.0), device, dtype)
+    angles = torch.cat((random(T * G, D // 4, seed=1).repeat_interleave(2, 1), torch.zeros(T * G, D // 2)), 1)
+    sign = torch.tensor([1.0, -1.0]).double().repeat(D // 2)
+    (cos, exact_cos), (sin, exact_sin) = (
+        rounded(table.view(T, G, D), device, dtype) for table in (angles.cos(), angles.sin() * sign)
+    )
+    q_grad, exact_q_grad = rounded(random(T, H, D, seed=2), device, dtype)
+    k_grad, exact_k_grad = rounded(random(T, H, D, seed=3), device, dtype)
+
+    exact.requires_grad_()
+    unit = exact / (exact.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).sqrt()
+    heads = []
+    for h in range(H):
+        c, s = (table[:, h * G // H, None] for table in (exact_cos, exact_sin))
+        x = unit[:, :, h]  # (T, 2, D)
+        pairs = x.unflatten(-1, (-1, 2))
+        heads.append(x * c + torch.stack((pairs[..., 1], pairs[..., 0]), -1).flatten(-2) * s)
+    q, k = torch.stack(heads, 2).unbind(1)
+    if offset:
+        k = torch.stack([torch.cat((k[t, :, : D // 2], k[max(t - 1, 0), :, D // 2 :]), -1) for t in range(T)])
+    (truth,) = torch.autograd.grad((q, k), exact, (exact_q_grad, exact_k_grad))
+    for fused in (False, True):
+        leaf = qk.clone().requires_grad_()
+        found = train_gpt.normed_and_rotated(leaf, cos, sin, offset, fused)
+        (grad,) = torch.autograd.grad(found, leaf, (q_grad, k_grad))
+        for a, b in zip((*found, grad), (q.detach(), k.detach(), truth), strict=True):
+            assert error(a, b) < 10 * tolerance, fused
+
+
 # ---- the MLP ----
 
 
@@ -478,6 +521,8 @@ def test_torch_accepts_the_operators():
     ops = torch.ops.speedrun
     torch.library.opcheck(ops.symmetric_product.default, (random(2, 9, 5).float().mT,))
     torch.library.opcheck(ops.quadratic.default, (random(2, 9, 9).float(), 4.0, 1.0, 2.0))
+    qk, tables = leaf(7, 2, 2, 8), random(2, 7, 2, 8).float()
+    torch.library.opcheck(ops.norm_rotary.default, (qk, *tables, True))
     for fused in (False, True):
         torch.library.opcheck(ops.relu_squared_mlp.default, (leaf(5, 8), leaf(16, 8), leaf(16, 8), *(None,) * 6, fused))
     targets, weights = some_targets(2, 20, 40), torch.tensor([1.0, 0.5])
@@ -549,6 +594,12 @@ for capability in map(int, sys.argv[1:]):
         ptx = compile(train_gpt._symmetric, capability, types, {"ADD": add, "BLOCK": block, "BLOCK_K": tiles.k},
                       tiles.warps, tiles.stages)
         assert ("wgmma" in ptx) == (capability == 90)
+    for forward, group, offset in ((True, 1, True), (False, 1, True), (False, 2, False)):
+        types = dict.fromkeys(("QK", "Q", "K", "Q_OUT", "K_OUT", "LAST", "COS", "SIN"), "*bf16")
+        types |= {"RSTD": "*fp32", "eps": "fp32", "T": "i32"}
+        types = {name: types[name] for name in train_gpt._norm_rotary.arg_names if name in types}
+        constants = {"H": 6, "D": 128, "G": group, "OFFSET": offset, "FORWARD": forward, "BLOCK": 16}
+        compile(train_gpt._norm_rotary, capability, types, constants, 4, 3)
     for forward, fp8 in [(True, False), (False, False)] + [(True, True)] * (capability >= 89):
         k = 2 * tiles.k if fp8 else tiles.k
         half, low = (tiles.m, tiles.n // 2), "fp8e4nv" if fp8 else "bf16"
