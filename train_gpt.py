@@ -1601,6 +1601,7 @@ def _head_loss_op(
         losses, nlls, grad = head_cross_entropy(logits, ts, weights, need_grad, fused, fp8)
         loss += losses.sum()
         nll += nlls.sum()
+        del logits  # in FP8 the gradient is elsewhere, and its transpose takes as much again
         if need_grad:
             head_matmul(grad, backward_head, scale_grad, scale_head, out=x_grad[positions])
             grad_T = fp8_and_transpose(grad, None, fused)[1] if fp8 else grad.T
@@ -1786,10 +1787,9 @@ class Optimizer:
     """NorMuon and Adam in one object, by the track's table of rules.
 
     Sharded parameters: rank r of W owns the r-th of W equal pieces of the parameter's memory, and the optimizer state
-    of that piece alone. The sum of a gradient over the ranks (the loss is already divided by the rows) starts when the
-    last backward pass of the step gives it out, see `expect_gradients`; then `step` updates and gathers parameter by
-    parameter, in the order of `self.order`, while the other sums and gathers are under way. A compiled backward pass
-    gives out all gradients at its end, so that there no sum runs beside it.
+    of that piece alone. `step` starts the sums of all gradients over the ranks (the loss is already divided by the
+    rows), then updates and gathers parameter by parameter, in the order of `self.order`, while the other sums and
+    gathers are under way. A compiled backward pass gives out all gradients at its end: no sum could start earlier.
 
     While the embedding is tied to the head, its gradient is added to the head's, transposed (`_start_sum`), and after
     the update it takes over the head's weights; at the step that unties them also the head's state (`step`).
@@ -1812,13 +1812,7 @@ class Optimizer:
                 cycle = rules[name].lr_mul
                 lr_mul = torch.tensor([cycle[i % len(cycle)] for i in range(len(p))], dtype=wide(p.dtype))
                 self.lr_mul[name] = self.piece(name, lr_mul.view(-1, 1, 1)).to(runtime.device)
-            if runtime.world_size > 1:
-                p.register_post_accumulate_grad_hook(functools.partial(self._gradient_arrived, name))
-        self._expected: dict[str, tuple[str, ...]] = {}  # `_updates` of the step whose last backward pass is under way
-        self._missing: set[str] = set()  # parameters without their gradient of that pass yet
-        self._late: set[str] = set()  # those whose gradients come after it
         self._touched: dict[str, np.ndarray] = {}  # rows of a table in some rank's gradient, (W, rows)
-        self._sums: dict[str, Callable[[], Tensor]] = {}  # of gradients over the ranks, under way: wait for this rank's
         self._normuon_update, self._adam_update = runtime.compiled(normuon_update), runtime.compiled(adam_update)
 
     def initial_state(self, name: str, p: Tensor) -> dict[str, Tensor]:
@@ -1873,39 +1867,14 @@ class Optimizer:
             updates["head"] = ("embed",)
         return updates
 
-    def expect_gradients(
-        self, settings: Settings, late: Iterable[str] = (), touched: dict[str, np.ndarray | None] | None = None
-    ) -> None:
-        """Call before the last backward pass of a step: its gradients are final, so their sums can start.
-
-        late: parameters whose gradients come after it, before `step`. (Their hooks run all the same.)
-        touched: of tables, the rows that each rank's gradient of this step has, (W, rows), None: any.
-        """
-        self._expected, self._missing, self._late = self._updates(settings), set(self.params), set(late)
-        for name, rows in (touched or {}).items():
-            if rows is not None and self.rules[name].sharded and len(rows[0]) % len(rows) == 0:
-                self._touched[name] = rows | self._touched.get(name, False)
-
-    def _gradient_arrived(self, arrived: str, _: Tensor) -> None:
-        """Hook of the backward pass, where there are several ranks."""
-        if arrived not in self._missing or arrived in self._late:
-            return  # not the last backward pass, or not the gradient
-        self._missing.remove(arrived)
-        for name, mirrors in self._expected.items():
-            gradients = {name, *mirrors}
-            if arrived in gradients and not gradients & self._missing:
-                self._start_sum(name, mirrors)
-
-    @torch.no_grad()
-    def _start_sum(self, name: str, mirrors: tuple[str, ...]) -> None:
-        """Start the sum of a gradient over the ranks; this rank's piece of it is complete after the wait."""
+    def _start_sum(self, name: str, mirrors: tuple[str, ...]) -> Callable[[], Tensor]:
+        """Start the sum of a gradient over the ranks. Returns what waits for it, and gives this rank's piece of it."""
         grad, world = self.params[name].grad, self.runtime.world_size
         for mirror in mirrors:
             grad += self.params[mirror].grad.T
             self.params[mirror].grad = None
         if name in self._touched:
-            self._sums[name] = self._exchange_rows(grad, self._touched.pop(name))
-            return
+            return self._exchange_rows(grad, self._touched.pop(name))
         piece, work = self.piece(name, grad), None
         if world > 1 and self.rules[name].sharded:
             piece = torch.empty_like(piece)
@@ -1918,7 +1887,7 @@ class Optimizer:
                 work.wait()
             return piece
 
-        self._sums[name] = wait
+        return wait
 
     def _exchange_rows(self, grad: Tensor, touched: np.ndarray) -> Callable[[], Tensor]:
         """As a reduce-scatter of the gradient of a table (rows, d), of which only touched rows travel.
@@ -1945,15 +1914,19 @@ class Optimizer:
         return wait
 
     @torch.no_grad()
-    def step(self, settings: Settings) -> None:
-        """Apply the gradients in `.grad` and clear those; Adam's parameters wait for odd steps and accumulate."""
+    def step(self, settings: Settings, touched: dict[str, np.ndarray | None] | None = None) -> None:
+        """Apply the gradients in `.grad` and clear those; Adam's parameters wait for odd steps and accumulate.
+
+        touched: of tables, the rows that each rank's gradient of this step has, (W, rows), None: any.
+        """
         p, updates = self.params, self._updates(settings)
-        for name, mirrors in updates.items():
-            if name not in self._sums:
-                self._start_sum(name, mirrors)
+        for name, rows in (touched or {}).items():
+            if rows is not None and self.rules[name].sharded and len(rows[0]) % len(rows) == 0:
+                self._touched[name] = rows | self._touched.get(name, False)
+        sums = {name: self._start_sum(name, mirrors) for name, mirrors in updates.items()}
         gathers = []
-        for name in updates:
-            grad = self._sums.pop(name)()
+        for name, wait in sums.items():
+            grad = wait()
             piece = self.piece(name, p[name].data)
             self._update(name, piece, grad, settings)
             p[name].grad = None
@@ -2073,6 +2046,25 @@ class Lookup(torch.autograd.Function):
         return None, None, None
 
 
+class Accumulated(torch.autograd.Function):
+    """Matrices as they are. The backward pass adds their gradients to `totals`, in place, as `Lookup` does.
+
+    Autograd's own copies the gradients of a bank's matrices into one tensor, and adds that to the sum: 0.5 GB per row
+    of `small`, in 23 kernels.
+    """
+
+    @staticmethod
+    def forward(ctx, *matrices_and_totals: Tensor) -> tuple[Tensor, ...]:
+        half = len(matrices_and_totals) // 2
+        ctx.save_for_backward(*matrices_and_totals[half:])
+        return tuple(matrix.view_as(matrix) for matrix in matrices_and_totals[:half])
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple[None, ...]:
+        torch._foreach_add_(ctx.saved_tensors, grads)
+        return (None,) * (2 * len(grads))
+
+
 GATE_SCALE = 0.1  # of the networks whose scale is learned, at the start
 
 
@@ -2092,8 +2084,11 @@ class Coefficients(nn.Module):
             self.register_parameter(name, nn.Parameter(value.to(runtime.device, dtype)))
 
     def forward(self, x: Tensor, gate_scale: Tensor | None) -> Iterable[tuple[Output, Tensor]]:
-        """Coefficients (T, width), or where nothing is read (width,). x (T, d) is the stream that is read."""
+        """Coefficients (T, width), or where nothing is read perhaps (width,). x (T, d) is the stream that is read."""
         values, scale = self.bias.to(x.dtype), self.layout.scale
+        if self.layout.reads is None and torch.compiler.is_compiling():
+            # The gradients of all tokens are put side by side, and summed by one kernel instead of one for each number.
+            values = values.expand(len(x), -1)
         if self.layout.reads is not None:
             values = F.linear(F.gelu(F.linear(x, self.w1)), self.w2, values)
             values = values * (gate_scale.to(x.dtype) if scale is None else scale)
@@ -2208,30 +2203,45 @@ class GPT(nn.Module):
         # are found in the product that the scale is for.
         self.register_buffer("mlp_scale", torch.ones(L, device=runtime.device), persistent=False)
         self._row_loss, self._mlp_in_fp8 = runtime.compiled(self._row_loss), runtime.compiled(mlp_in_fp8)
-        # What `Lookup` adds the gradients of a step to, where compiled: one sum per table of a parameter.
-        self.table_sums: dict[str, list[Tensor]] = {}
-        for name in ("embed", "value_embeds", "ngram_embed"):
+        # What `Lookup` and `Accumulated` add the gradients of a step to, where compiled: one sum for each matrix.
+        self.gradient_sums: dict[str, list[Tensor]] = {}
+        for name, dtype in (
+            ("embed", wide(runtime.dtype)),
+            ("value_embeds", wide(runtime.dtype)),
+            ("ngram_embed", wide(runtime.dtype)),
+            ("mlp_bank", runtime.dtype),
+            ("head", runtime.dtype),
+        ):
             if runtime.compile and hasattr(self, name):
-                zeros = torch.zeros_like(getattr(self, name).detach(), dtype=wide(runtime.dtype))
-                self.table_sums[name] = [total.clone() for total in zeros.view(-1, *zeros.shape[-2:])]
+                self.gradient_sums[name] = [torch.zeros_like(p, dtype=dtype) for p in self.matrices(name)]
+
+    def matrices(self, name: str) -> tuple[Tensor, ...]:
+        """The matrices of a parameter, one or several, without those that pad a bank."""
+        p = getattr(self, name)
+        count = 2 * self.config.num_layers if name == "mlp_bank" else None
+        return p.unbind()[:count] if p.dim() == 3 else (p,)
+
+    def accumulated(self, name: str) -> tuple[Tensor, ...]:
+        """The matrices of a parameter, for products."""
+        sums = self.gradient_sums.get(name)
+        return Accumulated.apply(*self.matrices(name), *sums) if sums else self.matrices(name)
 
     def lookup(self, name: str, tokens: Tensor) -> list[Tensor]:
         """Rows `tokens` (*) of each table of a parameter (V, d) or (tables, V, d): (*, d) of each."""
-        table = getattr(self, name)
-        tables = table.unbind() if table.dim() == 3 else (table,)
-        if sums := self.table_sums.get(name):
-            return [Lookup.apply(tokens, *pair) for pair in zip(tables, sums, strict=True)]
-        return [F.embedding(tokens, table) for table in tables]
+        if sums := self.gradient_sums.get(name):
+            return [Lookup.apply(tokens, *pair) for pair in zip(self.matrices(name), sums, strict=True)]
+        return [F.embedding(tokens, table) for table in self.matrices(name)]
 
     @torch.no_grad()
-    def hand_over_table_gradients(self) -> None:
-        """Add to `.grad` of the embeddings what `Lookup` has kept since the last call."""
-        for name, sums in self.table_sums.items():
-            p = getattr(self, name)
-            p.grad = torch.empty_like(p)
-            for grad, total in zip(p.grad.view(-1, *p.shape[-2:]), sums, strict=True):
-                grad.copy_(total)
-                total.zero_()
+    def hand_over_gradient(self, name: str) -> None:
+        """Make `.grad` of a parameter what was added to its sums since the last call."""
+        p, sums = getattr(self, name), self.gradient_sums[name]
+        p.grad = torch.empty_like(p)
+        grads = p.grad.view(-1, *p.shape[-2:])
+        grads[len(sums) :].zero_()  # padding
+        for grad, total in zip(grads, sums, strict=False):
+            grad.copy_(total)
+            total.zero_()
 
     @torch.no_grad()
     def in_fp8(self) -> Weights8:
@@ -2276,8 +2286,9 @@ class GPT(nn.Module):
             weights = torch.cat((weights, prefix_weight))
         training, runtime = torch.is_grad_enabled(), self.runtime
         chunk = runtime.loss_chunk(len(x), self.config.padded_vocab)
+        (head,) = self.accumulated("head")
         loss, nll, _, _ = torch.ops.speedrun.head_loss(
-            x, self.head, torch.stack(ahead), weights, chunk, training, runtime.fused, weights8.head, weights8.head_T
+            x, head, torch.stack(ahead), weights, chunk, training, runtime.fused, weights8.head, weights8.head_T
         )
         return loss, nll
 
@@ -2285,7 +2296,7 @@ class GPT(nn.Module):
         """The normed stream from which the head predicts."""
         c, last = self.config, self.config.num_layers - 1
         # The banks are taken apart once: indexing them layer by layer would make each backward write a whole bank.
-        attention_weights, mlp_bank = self._attention_weights(), self.mlp_bank.unbind()
+        attention_weights, mlp_bank = self._attention_weights(), self.accumulated("mlp_bank")
         values = self.lookup("value_embeds", row.inputs) if hasattr(self, "value_embeds") else ()
 
         x = x0 = norm(self._smeared_embedding(row.inputs))
@@ -2313,7 +2324,9 @@ class GPT(nn.Module):
             if i == c.late_input:
                 late_input = norm(x)
         if largest:
-            self.mlp_scale.copy_(torch.stack(largest).amax(1).clamp_min(1e-12) * (1.8 / E4M3_MAX))
+            # In groups: stacks of more than 8 are made by a copy for each.
+            groups = [torch.stack(largest[i : i + 8]).amax(1) for i in range(0, len(largest), 8)]
+            self.mlp_scale.copy_(torch.cat(groups).clamp_min(1e-12) * (1.8 / E4M3_MAX))
         return norm(streams.add(x, "end", last))
 
     def _mlp(
@@ -2343,8 +2356,8 @@ class GPT(nn.Module):
         lambdas = torch.stack([self.sa_lambda[i] for i in layers])[..., None, None]  # (layers, 2, 1, 1)
         qk = self.qk_bank[: self.qk_each * len(layers)].view(-1, 2 * d, d)
         vo = self.vo_bank[: 2 * len(layers)].view(-1, 2, d, d)
-        qk, vo = (lambdas[:, 0] * qk).to(qk.dtype), (lambdas * vo).to(vo.dtype)
-        return [(qk_of, *vo_of) for qk_of, vo_of in zip(qk.unbind(), vo.unbind(), strict=True)]
+        qk, vo = (lambdas[:, 0] * qk).to(qk.dtype).unbind(), (lambdas * vo).to(vo.dtype).flatten(0, 1).unbind()
+        return list(zip(qk, vo[0::2], vo[1::2], strict=True))
 
     def _smeared_embedding(self, tokens: Tensor) -> Tensor:
         """Embeddings of the tokens (T, d), each with a part of the one before."""
@@ -3645,14 +3658,12 @@ class Trainer:
         rows, weights8 = self.loader.next(step), self.model.in_fp8()
         for row in rows:
             loss, nll = self.model(row, settings, weights, prefix_weight, weights8)
-            if row is rows[-1]:  # before its backward pass, whose hooks start the sums over the ranks
-                late = self.model.table_sums
-                self.optimizer.expect_gradients(settings, late, {"ngram_embed": self.loader.touched})
             (loss / num_rows).backward()
             total += nll / settings.stage.tokens
-        if settings.adam_steps:
-            self.model.hand_over_table_gradients()  # the late ones: before `step`, which sums them
-        self.optimizer.step(settings)
+        for name in self.model.gradient_sums:
+            if settings.adam_steps or self.optimizer.rules[name].kind != "adam":
+                self.model.hand_over_gradient(name)
+        self.optimizer.step(settings, {"ngram_embed": self.loader.touched})
         return total
 
     @torch.no_grad()
@@ -3715,7 +3726,7 @@ class Trainer:
     @torch.no_grad()
     def load_state(self, state: dict) -> None:
         """Put a copy made by `state` back, in place."""
-        for total in itertools.chain(*self.model.table_sums.values()):
+        for total in itertools.chain(*self.model.gradient_sums.values()):
             total.zero_()
         self.optimizer.drop_gradients()
         for name, p in self.params.items():

@@ -68,7 +68,10 @@ def plan_memory(track: Track, runtime: Runtime) -> Memory:
     """What a training step takes on a runtime, whose device nobody has to have. No tensor has data."""
     meta = replace(runtime, device=torch.device("meta"))
     model = meta_model(track, meta)
-    params, sums = dict(model.named_parameters()), [total for totals in model.table_sums.values() for total in totals]
+    params, sums = (
+        dict(model.named_parameters()),
+        [total for totals in model.gradient_sums.values() for total in totals],
+    )
     with torch.device("meta"):
         state = Optimizer(params, track.optimizer, meta).state
     size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors)

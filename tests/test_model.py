@@ -597,8 +597,8 @@ def test_impossible_layouts_are_refused():
             GPT(replace(NANO.model, **change), cpu())
 
 
-def test_compiled_lookups_add_up_the_gradients_of_tables(monkeypatch):
-    """Catches: a table whose gradient is lost, counted twice, or kept for the next step, where autograd makes none."""
+def test_compiled_passes_add_up_the_gradients_of_large_parameters(monkeypatch):
+    """Catches: a table or a bank whose gradient is lost, counted twice, or kept for the next step."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     config = replace(NANO.model, num_layers=3, head_dim=8, ngram_rows=211, ngrams=(1, 3), value_layers=(0, 1))
     plain = random_model(config)
@@ -612,6 +612,7 @@ def test_compiled_lookups_add_up_the_gradients_of_tables(monkeypatch):
         for seed in (2 * step, 2 * step + 1):
             for model in (plain, compiled):
                 model(make_row(64, [0, 20], config, seed), settings, weights)[0].backward()
-        compiled.hand_over_table_gradients()
+        for name in compiled.gradient_sums:
+            compiled.hand_over_gradient(name)
         for (name, p), expected in zip(compiled.named_parameters(), plain.parameters(), strict=True):
             assert error(p.grad, expected.grad) < 1e-12, (step, name)

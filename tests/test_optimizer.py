@@ -12,7 +12,7 @@ from conftest import cpu
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from test_model import CONFIGS, make_row
+from test_model import CONFIGS
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
@@ -587,41 +587,3 @@ def test_an_update_is_compiled_once_per_shape(monkeypatch):
 class NoWait:
     def wait(self) -> None:
         pass
-
-
-@pytest.mark.parametrize("step", [0, 1])
-def test_sums_start_while_the_last_backward_pass_goes_on(monkeypatch, step):
-    """Catches: sums that wait for the step, that start before the last row's gradient is in, a head without embed's."""
-    started: list[tuple[str, torch.Tensor]] = []
-    model = train_gpt.GPT(replace(CONFIGS["nano"], num_layers=5, ngram_rows=1008), cpu(world_size=2), seed=1)
-    params = dict(model.named_parameters())
-
-    def sum_later(*tensors, async_op):
-        grads = {p.grad.data_ptr(): name for name, p in params.items() if p.grad is not None}
-        started.append((grads[tensors[-1].data_ptr()], tensors[-1].clone()))
-        return NoWait()
-
-    monkeypatch.setattr(train_gpt, "reduce_scatter_single", sum_later)
-    monkeypatch.setattr(train_gpt.dist, "all_reduce", sum_later)
-    monkeypatch.setattr(train_gpt, "all_gather_single", lambda *_, async_op: NoWait())
-    settings = train_gpt.NANO.at(step)
-    optimizer = Optimizer(params, train_gpt.NANO.optimizer, cpu(world_size=2))
-    row = make_row(39, [0], model.config)
-    weights = torch.tensor(settings.prediction_weights)
-    model(row, settings, weights)[0].backward()
-    assert not started, "a row is left"
-    optimizer.expect_gradients(settings, touched={"ngram_embed": None})  # with accumulation: any row
-    model(row, settings, weights)[0].backward()
-    due = {name for name in params if optimizer.rules[name].kind == "normuon" or step == 1} - {"embed"}
-    assert {name for name, _ in started} == due and len(started) == len(due)
-    if step == 1:
-        torch.manual_seed(0)
-        alone = train_gpt.GPT(model.config, cpu(), seed=1)
-        for _ in range(2):
-            alone(row, settings, weights)[0].backward()
-        both = alone.head.grad + alone.embed.grad.T
-        assert torch.allclose(dict(started)["head"].view_as(both), both, rtol=1e-5, atol=1e-6)
-    before = len(started)
-    optimizer.step(settings)
-    assert len(started) == before and not optimizer._sums
-    assert (params["embed"].grad is None) == (step == 1)

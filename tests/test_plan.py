@@ -52,12 +52,14 @@ def test_a_plan_counts_what_a_step_on_the_cpu_holds(track):
 
 
 def test_a_plan_of_several_processes_shares_the_state():
-    """bfloat16 weights and gradients on every rank, and sums of those of the embedding, five tables of values and that
-    of n-grams in float32; momentum (4 bytes) and lower halves (2) of the banks shared."""
+    """bfloat16 weights and gradients on every rank, sums of those of the embedding, five tables of values and that of
+    n-grams in float32, of the MLP's matrices and the head in bfloat16; momentum (4 bytes) and lower halves (2) of the
+    banks shared."""
     one, eight = (plan_memory(SMALL, gpu_runtime(Options(), world, 80)) for world in (1, 8))
     matrices, numbers, signs, prefixes = 75_497_472, 635_885_377, 2 * 8192 * 768, 8 * 50304
     assert one.weights == pytest.approx(2 * numbers + signs + prefixes, rel=1e-6)
-    assert one.gradients == pytest.approx(2 * numbers + 4 * 768 * (6 * 50304 + 377_280), rel=1e-6)
+    sums = 4 * 768 * (6 * 50304 + 377_280) + 2 * (22 * 3072 * 768 + 768 * 50304)
+    assert one.gradients == pytest.approx(2 * numbers + sums, rel=1e-6)
     assert one.optimizer > 6 * matrices
     assert eight.optimizer == pytest.approx(one.optimizer / 8, rel=0.1)  # banks are padded to 8 pieces
     assert eight.activations == one.activations > 0

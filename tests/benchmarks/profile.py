@@ -45,7 +45,8 @@ def main() -> None:
             with record_function("backward"):
                 loss.backward()
         with record_function("optimizer"):
-            model.hand_over_table_gradients()
+            for name in model.gradient_sums:
+                model.hand_over_gradient(name)
             optimizer.step(settings)
         runtime.synchronize()
 

@@ -118,9 +118,11 @@ class Reader:
         elif kind == "triton":
             moved = float(given[0])
             if name.startswith("_"):
-                shapes = [list(map(int, shape.split("x"))) for shape in given[1:]]
+                shapes = [list(map(int, shape.partition("/")[0].split("x"))) for shape in given[1:]]
                 if name == "_linear_relu_square":
                     flops, part = 2.0 * shapes[0][0] * shapes[0][1] * shapes[1][0], "MLP"
+                    if given[1].endswith("/1"):
+                        name, rate = f"{name} FP8", "fp8"
                 elif name == "_symmetric":
                     n, r, c = shapes[0]
                     flops = 1.0 * n * r * r * c  # the tiles on and below the diagonal

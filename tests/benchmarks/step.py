@@ -123,7 +123,8 @@ def time_steps(track: Track, options: argparse.Namespace, runtime: Runtime) -> l
             weights8 = model.in_fp8()
             for row in rows:
                 (model(row, settings, *weights, weights8)[0] / track.data.rows_per_step).backward()
-            model.hand_over_table_gradients()
+            for name in model.gradient_sums:
+                model.hand_over_gradient(name)
 
         began = time.perf_counter()
         train()

@@ -194,10 +194,10 @@ def inside(trainer: Path, results: Path, arguments: list[str]) -> None:
     run_ours = JITFunction.run
 
     def described(self, *args, **kwargs):
-        """Of the trainer's kernels: bytes of all that they are given, shapes."""
+        """Of the trainer's kernels: bytes of all that they are given, shapes, each with the bytes of an element."""
         tensors = [getattr(x, "base", x) for x in args if hasattr(x, "shape")]
         found = {x.data_ptr(): x.numel() * x.element_size() for x in tensors}
-        shapes = ["x".join(map(str, x.shape)) for x in tensors]
+        shapes = [f"{'x'.join(map(str, x.shape))}/{x.element_size()}" for x in tensors]
         mark(f"launch {sum(found.values())} {' '.join(shapes)}".encode())
         return run_ours(self, *args, **kwargs)
 
