@@ -47,7 +47,7 @@ def fp8_rounded_as_on_a_gpu():
 def error(found: torch.Tensor, truth: torch.Tensor) -> float:
     """Largest difference over the root mean square of the truth."""
     return float(
-        (found.detach().double().cpu() - truth.detach().cpu()).abs().max()
+        (found.detach().double().cpu() - truth.cpu()).abs().max()
         / truth.square().mean().sqrt().clamp_min(1e-30)
     )
 
@@ -290,7 +290,7 @@ def run_head(x, head, targets, weights, chunk, fused, fp8=False, sample=()) -> t
     head8 = train_gpt.fp8_and_transpose(head.detach(), train_gpt.FP8_HEAD, fused) if fp8 else (None, None)
     loss, nll, _, _ = torch.ops.speedrun.head_loss(x, head, targets, weights, chunk, True, fused, *head8, *sample)
     x_grad, head_grad = torch.autograd.grad(loss / 2, (x, head))
-    return loss.detach(), nll, 2 * x_grad, 2 * head_grad
+    return loss.detach(), nll.detach(), 2 * x_grad, 2 * head_grad
 
 
 @KINDS
