@@ -798,6 +798,25 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2) * sin
 
 
+def normed_and_rotated(
+    qk: Tensor,  # (T, 2, H, D) queries and keys
+    cos: Tensor,  # (T, G, D) of the positions; G: how many heads attend as one sequence, 2 where they are paired
+    sin: Tensor,
+    offset: bool,  # partial key offset: the dims of a key that rotary embedding lets stand come from the token before
+    fused: bool = False,
+) -> tuple[Tensor, Tensor]:  # (T, H, D) each
+    """RMSNorm of each query and key, and rotary embedding: head h turns by the (h G / H)-th of a token's positions."""
+    if fused:
+        return torch.ops.speedrun.norm_rotary(qk, cos, sin, offset)[:2]
+    (T, _, H, D), G = qk.shape, cos.size(1)
+    # Each by itself: as one slab their gradients would be put together and taken apart again.
+    q, k = (rotate(norm(x).view(T, G, H // G, D), cos[:, :, None], sin[:, :, None]) for x in qk.unbind(1))
+    if offset:
+        still = k[..., D // 2 :]
+        k = torch.cat((k[..., : D // 2], torch.cat((still[:1], still[:-1]))), dim=-1)
+    return q.reshape(T, H, D), k.reshape(T, H, D)
+
+
 def attention(
     q: Tensor,  # (T, heads, D)
     k: Tensor,  # (T, heads, D)
@@ -899,7 +918,29 @@ class OverlappingBlocks(torch.autograd.Function):
 
 def relu_squared_mlp(h: Tensor, fc: Tensor, proj: Tensor, fused: bool = False) -> Tensor:
     """relu(h fc^T)^2 proj (ReLU^2, arXiv:2109.08668). h (T, d); fc, proj (4d, d)."""
-    return torch.ops.speedrun.relu_squared_mlp(h, fc, proj, fused)[0]
+    return torch.ops.speedrun.relu_squared_mlp(h, fc, proj, *(None,) * 6, fused)[0]
+
+
+E4M3_MAX = 448.0  # the largest number of FP8 e4m3
+
+
+def to_fp8(x: Tensor, largest: Tensor | float | None = None) -> tuple[Tensor, Tensor]:
+    """x / scale in FP8 e4m3, and the scale, 0-dim float32. No magnitude is above `largest`; None: it is looked for.
+
+    Of a normed vector none is above the root of its length: the format keeps its precision over 5 orders of magnitude,
+    so that the true maximum would gain nothing, and cost a pass over the tensor.
+    """
+    largest = x.abs().amax().float() if largest is None else x.new_full((), largest, dtype=torch.float32)
+    scale = largest.clamp_min(1e-12) / E4M3_MAX
+    return (x.float() / scale).to(torch.float8_e4m3fn), scale
+
+
+def linear(x: Tensor, weight: Tensor, fp8: bool, largest: float | None = None) -> Tensor:
+    """x weight^T, forward in FP8 where that is wanted; backward never. x (T, k), weight (n, k); `largest`: of x."""
+    if not fp8 or not torch.is_grad_enabled():
+        return F.linear(x, weight)
+    operands = (*to_fp8(x.detach(), largest), *to_fp8(weight.detach()))
+    return torch.ops.speedrun.linear_fp8(x, weight, *operands)
 
 
 def softcapped(logits: Tensor) -> Tensor:
@@ -994,7 +1035,7 @@ INTERPRETED_TILES = Tiles(32, 32, 32, warps=4, stages=1, descriptors=False)
 @functools.cache
 def tiles(device: torch.device) -> Tiles:
     """Big ones on the Hopper and Blackwell of data centers, small ones on all others since Ampere."""
-    if device.type == "cpu":  # Triton's interpreter
+    if device.type != "cuda":  # Triton's interpreter
         return INTERPRETED_TILES
     big = torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= 227 * 1024
     return BIG_TILES if big else SMALL_TILES
@@ -1065,16 +1106,150 @@ def _quadratic_op(A: Tensor, a: float, b: float, c: float) -> Tensor:
 
 
 @jit
+def _norm_rotary(
+    QK,  # (T, 2, H, D) queries and keys, or backward where their gradient goes
+    Q,  # (T, H, D) contiguous, as all others: the results, or backward their gradients
+    K,
+    Q_OUT,  # (T, H, D) of backward: the results
+    K_OUT,
+    RSTD,  # (T, 2, H) float32, over the root mean square of each
+    LAST,  # (H, D / 2): under OFFSET what the last token would give the next
+    COS,  # (T, G, D)
+    SIN,
+    T,
+    eps,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    G: tl.constexpr,
+    OFFSET: tl.constexpr,
+    FORWARD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Some tokens, the queries or the keys of one group of heads. Only the first half of the dims turns.
+
+    Of y = R x / rms the gradient is R^T (g - y mean(g y)) / rms: backward wants no x, and attention keeps y anyway.
+    """
+    t = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)[:, None]
+    is_key = tl.program_id(1) // G
+    group = tl.program_id(1) % G
+    cols = tl.arange(0, D // 2)[None, :]
+    other = cols ^ 1  # of the pair of dims
+    inside = (t < T) & (cols < D)
+    still = t + is_key * OFFSET  # the token to which the dims that stand go
+    whole = inside & (still < T)
+    own = inside & (t == 0) & (still > t)  # the first token keeps its own, too
+    lost = inside & (still == T)
+    cos = tl.load(COS + (t * G + group) * D + cols, mask=inside, other=0.0).to(tl.float32)
+    sin = tl.load(SIN + (t * G + group) * D + cols, mask=inside, other=0.0).to(tl.float32)
+    if is_key:
+        X, Y = K, K_OUT
+    else:
+        X, Y = Q, Q_OUT
+    for i in range(H // G):
+        head = group * (H // G) + i
+        slab = QK + ((t * 2 + is_key) * H + head) * D
+        rstd_at = RSTD + (t * 2 + is_key) * H + head
+        at = (t * H + head) * D
+        stand = (still * H + head) * D + D // 2 + cols
+        last = LAST + ((t + 1 - T) * H + head) * (D // 2) + cols
+        if FORWARD:
+            a = tl.load(slab + cols, mask=inside, other=0.0).to(tl.float32)
+            a_other = tl.load(slab + other, mask=inside, other=0.0).to(tl.float32)
+            b = tl.load(slab + D // 2 + cols, mask=inside, other=0.0).to(tl.float32)
+            rstd = tl.rsqrt((tl.sum(a * a, axis=1) + tl.sum(b * b, axis=1)) / D + eps)[:, None]
+            tl.store(rstd_at, rstd, mask=t < T)
+            tl.store(X + at + cols, ((a * cos + a_other * sin) * rstd).to(X.dtype.element_ty), mask=inside)
+            b = (b * rstd).to(X.dtype.element_ty)
+            tl.store(X + stand, b, mask=whole)
+            if OFFSET:
+                tl.store(X + at + D // 2 + cols, b, mask=own)
+                tl.store(last, b, mask=lost)
+        else:
+            g = tl.load(X + at + cols, mask=inside, other=0.0).to(tl.float32)
+            g_other = tl.load(X + at + other, mask=inside, other=0.0).to(tl.float32)
+            y = tl.load(Y + at + cols, mask=inside, other=0.0).to(tl.float32)
+            y_other = tl.load(Y + at + other, mask=inside, other=0.0).to(tl.float32)
+            h = tl.load(X + stand, mask=whole, other=0.0).to(tl.float32)
+            z = tl.load(Y + stand, mask=whole, other=0.0).to(tl.float32)
+            if OFFSET:
+                h += tl.load(X + at + D // 2 + cols, mask=own, other=0.0).to(tl.float32)
+                z += tl.load(last, mask=lost, other=0.0).to(tl.float32)
+            mean = ((tl.sum(g * y, axis=1) + tl.sum(h * z, axis=1)) / D)[:, None]
+            rstd = tl.load(rstd_at, mask=t < T, other=0.0)
+            turned = (g - y * mean) * cos - (g_other - y_other * mean) * sin
+            tl.store(slab + cols, (turned * rstd).to(QK.dtype.element_ty), mask=inside)
+            tl.store(slab + D // 2 + cols, ((h - z * mean) * rstd).to(QK.dtype.element_ty), mask=inside)
+
+
+def _launch_norm_rotary(qk, q, k, q_out, k_out, rstd, last, cos, sin, offset: bool, forward: bool) -> None:
+    (T, _, H, D), G = qk.shape, cos.size(1)
+    sizes = {"H": H, "D": D, "G": G, "OFFSET": offset, "FORWARD": forward, "BLOCK": 16, "num_warps": 4}
+    eps = torch.finfo(wide(qk.dtype)).eps
+    _norm_rotary[triton.cdiv(T, 16), 2 * G](qk, q, k, q_out, k_out, rstd, last, cos, sin, T, eps, **sizes)
+
+
+def _norm_rotary_fake(qk, cos, sin, offset):
+    T, _, H, D = qk.shape
+    rstd, last = qk.new_empty(T, 2, H, dtype=torch.float32), qk.new_empty(H, D // 2)
+    return qk.new_empty(T, H, D), qk.new_empty(T, H, D), rstd, last
+
+
+@operator("norm_rotary", fake=_norm_rotary_fake)
+def _norm_rotary_op(qk: Tensor, cos: Tensor, sin: Tensor, offset: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    qk = qk.contiguous()
+    q, k, rstd, last = _norm_rotary_fake(qk, cos, sin, offset)
+    _launch_norm_rotary(qk, q, k, q, k, rstd, last, cos, sin, offset, forward=True)
+    return q, k, rstd, last
+
+
+@operator("norm_rotary_backward", fake=lambda q_grad, k_grad, q, *_: q.new_empty(q.size(0), 2, *q.shape[1:]))
+def _norm_rotary_backward_op(
+    q_grad: Tensor,
+    k_grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    rstd: Tensor,
+    last: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    offset: bool,
+) -> Tensor:
+    qk_grad = q.new_empty(q.size(0), 2, *q.shape[1:])
+    grads = q_grad.contiguous(), k_grad.contiguous()
+    _launch_norm_rotary(qk_grad, *grads, q, k, rstd, last, cos, sin, offset, forward=False)
+    return qk_grad
+
+
+def _norm_rotary_setup_context(ctx, inputs: tuple, output: tuple) -> None:
+    ctx.set_materialize_grads(False)
+    _, cos, sin, ctx.offset = inputs
+    ctx.save_for_backward(*output, cos, sin)
+
+
+def _norm_rotary_backward(ctx, q_grad: Tensor, k_grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    return torch.ops.speedrun.norm_rotary_backward(q_grad, k_grad, *ctx.saved_tensors, ctx.offset), None, None, None
+
+
+torch.library.register_autograd(
+    "speedrun::norm_rotary", _norm_rotary_backward, setup_context=_norm_rotary_setup_context
+)
+
+
+@jit
 def _linear_relu_square(
     a,  # (M, K) contiguous
     b,  # (N, K) contiguous
     out,  # (M, N) contiguous: forward relu(a b^T)^2, backward 2 sqrt(post) (a b^T)
-    post,  # (M, N) contiguous: what forward gave; read backward
+    post,  # (M, N) contiguous: backward what forward gave, and is read; forward in FP8 `out` in FP8
+    scale_ab,  # 0-dim float32, of FP8: that of a b^T
+    scale_post,  # 0-dim float32, of FP8: that of the result
+    largest,  # (programs,) of FP8: the largest result of each
     M,
     N,
     K,
     FORWARD: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,  # a, b and out are tensor descriptors, not pointers
+    FP8: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,  # a, b, out and, of FP8, post are tensor descriptors, not pointers
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -1083,6 +1258,7 @@ def _linear_relu_square(
     """A matrix product by persistent programs, one per multiprocessor, with the MLP's nonlinearity at its end."""
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
+    peaks = tl.zeros((BLOCK_M,), tl.float32)
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=True):
         # Programs that run together work on GROUP rows of tiles, column by column: they share operands in the L2 cache.
         first = tile // (GROUP * tiles_n) * GROUP
@@ -1113,57 +1289,111 @@ def _linear_relu_square(
             offsets = rows[:, None].to(tl.int64) * N + some[None, :]
             inside = (rows[:, None] < M) & (some[None, :] < N)
             if FORWARD:
+                if FP8:  # pre-activations are rounded as any product in FP8 rounds them
+                    y = (y * tl.load(scale_ab)).to(tl.bfloat16).to(tl.float32)
                 y = tl.maximum(y, 0.0)
                 y = y * y
+                if FP8:
+                    peaks = tl.maximum(peaks, tl.max(y, axis=1))
+                    y8 = tl.minimum(y.to(tl.bfloat16).to(tl.float32) * (1.0 / tl.load(scale_post)), 448.0)
+                    if DESCRIPTORS:
+                        post.store([m, begin], y8.to(post.dtype))
+                    else:
+                        tl.store(post + offsets, y8.to(post.dtype.element_ty), mask=inside)
             else:  # relu(z) = sqrt(post), so the pre-activations z need not be kept
                 y = y * 2.0 * tl.sqrt(tl.load(post + offsets, mask=inside, other=0.0).to(tl.float32))
             if DESCRIPTORS:
                 out.store([m, begin], y.to(out.dtype))
             else:
                 tl.store(out + offsets, y.to(out.dtype.element_ty), mask=inside)
+    if FP8:
+        tl.store(largest + tl.program_id(0), tl.max(peaks))
 
 
-def _launch_linear_relu_square(a: Tensor, b: Tensor, post: Tensor | None) -> Tensor:
-    """relu(a b^T)^2, or, where that is given as `post` (contiguous), 2 sqrt(post) (a b^T)."""
+def _launch_linear_relu_square(
+    a: Tensor, b: Tensor, post: Tensor | None, scales: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """relu(a b^T)^2, or, where that is given as `post` (contiguous), 2 sqrt(post) (a b^T).
+
+    scales, of operands in FP8: that of a b^T, and that of the result in FP8, which comes second, then its maxima.
+    """
     a, b = a.contiguous(), b.contiguous()
     (M, K), N = a.shape, b.size(0)
-    out = torch.empty(M, N, dtype=a.dtype, device=a.device)
+    fp8, forward = scales is not None, post is None
     tile = tiles(a.device)
-    operands = [a, b, out]
+    programs = mlp_programs(M, N, a.device)
+    out = torch.empty(M, N, dtype=torch.bfloat16 if fp8 else a.dtype, device=a.device)
+    post = torch.empty_like(out, dtype=a.dtype) if fp8 else post
+    largest = torch.empty(programs, dtype=torch.float32, device=a.device) if fp8 else None
+    block_k = 2 * tile.k if fp8 else tile.k  # as many bytes
+    operands, blocks = [a, b, out], [[tile.m, block_k], [tile.n, block_k], [tile.m, tile.n // 2]]
+    if fp8:
+        operands, blocks = [*operands, post], [*blocks, blocks[2]]
     descriptors = tile.descriptors and all(x.size(1) * x.element_size() % 16 == 0 for x in operands)
     if descriptors:
-        blocks = ([tile.m, tile.k], [tile.n, tile.k], [tile.m, tile.n // 2])
         operands = [TensorDescriptor.from_tensor(x, block) for x, block in zip(operands, blocks, strict=True)]
-    num_tiles = triton.cdiv(M, tile.m) * triton.cdiv(N, tile.n)
-    _linear_relu_square[(min(num_tiles, multiprocessors(a.device)),)](
+    _linear_relu_square[(programs,)](
         *operands,
-        out if post is None else post,
+        *(() if fp8 else (out if forward else post,)),
+        *((*scales, largest) if fp8 else (out, out, out)),
         M,
         N,
         K,
-        FORWARD=post is None,
+        FORWARD=forward,
+        FP8=fp8,
         DESCRIPTORS=descriptors,
         BLOCK_M=tile.m,
         BLOCK_N=tile.n,
-        BLOCK_K=tile.k,
+        BLOCK_K=block_k,
         GROUP=8,
         num_warps=tile.warps,
-        num_stages=tile.stages if post is None else tile.stages - 1,  # backward, post takes shared memory as well
+        # Backward post takes shared memory as well, in FP8 the second result.
+        num_stages=tile.stages if forward and not fp8 else tile.stages - 1,
     )
-    return out
+    return out, post if fp8 else None, largest
 
 
-def multiprocessors(device: torch.device) -> int:
-    return 3 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+def mlp_programs(M: int, N: int, device: torch.device) -> int:
+    """Programs of `_linear_relu_square`: one per multiprocessor."""
+    tile = tiles(device)
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+    return min(-(-M // tile.m) * -(-N // tile.n), multiprocessors)
 
 
-@operator("relu_squared_mlp", fake=lambda h, fc, proj, fused: (torch.empty_like(h), h.new_empty(h.size(0), fc.size(0))))
-def _mlp_op(h: Tensor, fc: Tensor, proj: Tensor, fused: bool) -> tuple[Tensor, Tensor]:
+def _mlp_fake(h, fc, proj, h8, fc8, proj8_T, scale_up, scale_post, scale_proj, fused):
+    programs = 0 if h8 is None else mlp_programs(len(h), len(fc), h.device) if fused else 1
+    return torch.empty_like(h), h.new_empty(h.size(0), fc.size(0)), h.new_empty(programs, dtype=torch.float32)
+
+
+@operator("relu_squared_mlp", fake=_mlp_fake)
+def _mlp_op(
+    h: Tensor,  # (T, d)
+    fc: Tensor,  # (4d, d)
+    proj: Tensor,  # (4d, d)
+    h8: Tensor | None,  # (T, d) h in FP8; None: nothing is
+    fc8: Tensor | None,  # (4d, d)
+    proj8_T: Tensor | None,  # (d, 4d)
+    scale_up: Tensor | None,  # 0-dim float32, as the next: that of h8 times that of fc8
+    scale_post: Tensor | None,  # of the hidden activations
+    scale_proj: Tensor | None,
+    fused: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # (T, d), (T, 4d) what backward needs, maxima of the hidden activations in FP8
+    if h8 is not None:
+        if fused:
+            kept, post8, largest = _launch_linear_relu_square(h8, fc8, None, (scale_up, scale_post))
+        else:
+            kept = torch._scaled_mm(h8, fc8.T, scale_up, torch.ones_like(scale_up), out_dtype=h.dtype).relu_()
+            post = kept.square()
+            post8 = (post.float() * scale_post.reciprocal()).clamp_max(E4M3_MAX).to(h8.dtype)
+            largest = post.amax().float().view(1)
+        out = torch._scaled_mm(post8, proj8_T.T, scale_post, scale_proj, out_dtype=h.dtype, use_fast_accum=True)
+        return out, kept, largest
+    nothing = h.new_empty(0, dtype=torch.float32)
     if fused:
-        post = _launch_linear_relu_square(h, fc, None)
-        return post @ proj, post
+        post, _, _ = _launch_linear_relu_square(h, fc, None)
+        return post @ proj, post, nothing
     relu = F.linear(h, fc).relu_()
-    return relu.square() @ proj, relu
+    return relu.square() @ proj, relu, nothing
 
 
 @operator(
@@ -1179,22 +1409,40 @@ def _mlp_backward_op(
     fused: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad = grad.contiguous()
-    pre_grad = _launch_linear_relu_square(grad, proj, kept) if fused else F.linear(2 * grad, proj).mul_(kept)
+    pre_grad = _launch_linear_relu_square(grad, proj, kept)[0] if fused else F.linear(2 * grad, proj).mul_(kept)
     post = kept if fused else kept.square()
     return pre_grad @ fc, pre_grad.T @ h, post.T @ grad
 
 
 def _mlp_setup_context(ctx, inputs: tuple, output: tuple) -> None:
     ctx.set_materialize_grads(False)
-    *saved, ctx.fused = inputs
-    ctx.save_for_backward(*saved, output[1])
+    ctx.fused = inputs[-1]
+    ctx.save_for_backward(*inputs[:3], output[1])
 
 
-def _mlp_backward(ctx, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
-    return *torch.ops.speedrun.relu_squared_mlp_backward(grad, *ctx.saved_tensors, ctx.fused), None
+def _mlp_backward(ctx, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    return *torch.ops.speedrun.relu_squared_mlp_backward(grad, *ctx.saved_tensors, ctx.fused), *(None,) * 7
 
 
 torch.library.register_autograd("speedrun::relu_squared_mlp", _mlp_backward, setup_context=_mlp_setup_context)
+
+
+@operator("linear_fp8", fake=lambda x, w, x8, scale_x, w8, scale_w: x.new_empty(x.size(0), w.size(0)))
+def _linear_fp8_op(x: Tensor, w: Tensor, x8: Tensor, scale_x: Tensor, w8: Tensor, scale_w: Tensor) -> Tensor:
+    """x w^T from x8 (T, k) and w8 (n, k), these in FP8 e4m3; backward from x and w themselves."""
+    return torch._scaled_mm(x8, w8.T, scale_x, scale_w, out_dtype=x.dtype, use_fast_accum=True)
+
+
+def _linear_fp8_backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, w = ctx.saved_tensors
+    return grad @ w, grad.T @ x, *(None,) * 4
+
+
+torch.library.register_autograd(
+    "speedrun::linear_fp8",
+    _linear_fp8_backward,
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:2]),
+)
 
 
 @jit
@@ -1280,8 +1528,8 @@ def fused_cross_entropy(
     return losses, nlls
 
 
-# Scales of the FP8 head: the largest magnitudes expected, over the largest number of the format (e4m3).
-FP8_SCALES = FP8_X, FP8_HEAD, FP8_GRAD = 100 / 448, 1.6 / 448, 0.75 / 448
+# Scales of the FP8 head: the largest magnitudes expected, over the largest number of the format.
+FP8_SCALES = FP8_X, FP8_HEAD, FP8_GRAD = 100 / E4M3_MAX, 1.6 / E4M3_MAX, 0.75 / E4M3_MAX
 
 
 @jit
@@ -1830,6 +2078,28 @@ class Row(NamedTuple):
         return Row(*(runtime.to_device(value) if isinstance(value, Tensor) else value for value in self))
 
 
+class Weights8(NamedTuple):
+    """Weights in FP8 e4m3, made once for all rows of a step; None: those products are not in FP8."""
+
+    head: Tensor | None = None  # (d, V)
+    head_T: Tensor | None = None  # (V, d)
+    fc: Tensor | None = None  # (L, 4d, d)
+    proj_T: Tensor | None = None  # (L, d, 4d)
+    scale_up: Tensor | None = None  # (L,) of fc times that of its normed input
+    scale_proj: Tensor | None = None  # (L,)
+
+
+NO_FP8 = Weights8()
+
+
+def mlp_in_fp8(bank: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """fc, proj_T, scale_up and scale_proj of `Weights8`. bank (2L, 4d, d)."""
+    scales = bank.abs().amax((1, 2)).float().clamp_min(1e-12) / E4M3_MAX
+    bank8 = (bank.float() / scales[:, None, None]).to(torch.float8_e4m3fn)
+    scale_up = scales[0::2] * (math.sqrt(bank.size(-1)) / E4M3_MAX)
+    return bank8[0::2].contiguous(), bank8[1::2].mT.contiguous(), scale_up, scales[1::2].contiguous()
+
+
 class Context(NamedTuple):
     """What the layers have to know of the step."""
 
@@ -1988,7 +2258,10 @@ class GPT(nn.Module):
         # The longest other token that each token begins with, -1: none; see `set_prefixes`.
         no_prefix = torch.full((V,), -1)
         self.register_buffer("prefix", no_prefix.to(runtime.device), persistent=False)
-        self._row_loss = runtime.compiled(self._row_loss)
+        # Scales of the MLP's hidden activations in FP8, 1.8 times what those of the row before would have needed; they
+        # are found in the product that the scale is for.
+        self.register_buffer("mlp_scale", torch.ones(L, device=runtime.device), persistent=False)
+        self._row_loss, self._mlp_in_fp8 = runtime.compiled(self._row_loss), runtime.compiled(mlp_in_fp8)
         # What `Lookup` adds the gradients of a step to, where compiled: one sum per table of a parameter.
         self.table_sums: dict[str, list[Tensor]] = {}
         for name in ("embed", "value_embeds", "ngram_embed"):
@@ -2015,11 +2288,15 @@ class GPT(nn.Module):
                 total.zero_()
 
     @torch.no_grad()
-    def fp8_head(self) -> tuple[Tensor | None, Tensor | None]:
-        """What `forward` wants of the head where training runs it in FP8: made once for all rows of a step."""
-        if not self.runtime.fp8:
-            return None, None
-        return torch.ops.speedrun.fp8_and_transpose(self.head, FP8_HEAD, self.runtime.fused)
+    def in_fp8(self) -> Weights8:
+        """The weights of what training does in FP8: for `forward`, anew after each update."""
+        found, runtime = NO_FP8, self.runtime
+        if "head" in runtime.fp8:
+            head, head_T = torch.ops.speedrun.fp8_and_transpose(self.head, FP8_HEAD, runtime.fused)
+            found = found._replace(head=head, head_T=head_T)
+        if "mlp" in runtime.fp8:
+            found = Weights8(*found[:2], *self._mlp_in_fp8(self.mlp_bank[: 2 * self.config.num_layers]))
+        return found
 
     def forward(
         self,
@@ -2027,25 +2304,27 @@ class GPT(nn.Module):
         settings: Settings,
         weights: Tensor,
         prefix_weight: Tensor | None = None,
-        head8: tuple[Tensor | None, Tensor | None] | None = None,
+        weights8: Weights8 | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Training loss of a row summed over its tokens, and the plain next-token loss summed likewise (detached).
 
         With gradients both are estimates where the row has a sample of the vocabulary; without they never are.
         weights (K,): of the predictions of token t+1 ... t+K. prefix_weight (1,): of that of the prefix of token t+1.
-        head8: of `fp8_head`; None: made here.
+        weights8: of `in_fp8`; None: made here.
         """
-        if head8 is None:
-            head8 = self.fp8_head() if torch.is_grad_enabled() else (None, None)
-        return self._row_loss(row, self._context(row, settings), weights, prefix_weight, *head8)
+        if weights8 is None:
+            weights8 = self.in_fp8() if torch.is_grad_enabled() else NO_FP8
+        return self._row_loss(row, self._context(row, settings), weights, prefix_weight, weights8)
 
     def _context(self, row: Row, settings: Settings, begin: int = 0) -> Context:
         end = begin + len(row.inputs)
         rotary = rotary_tables(settings.frequencies, begin, end, self.embed.device, self.embed.dtype)
         return Context(settings.windows, rotary, settings.attn_scale)
 
-    def _row_loss(self, row: Row, context: Context, weights: Tensor, prefix_weight: Tensor | None, head8, head8_T):
-        x = self.hidden(row, context)
+    def _row_loss(
+        self, row: Row, context: Context, weights: Tensor, prefix_weight: Tensor | None, weights8: Weights8
+    ) -> tuple[Tensor, Tensor]:
+        x = self.hidden(row, context, weights8)
         ahead = [F.pad(row.targets[k:], (0, k), value=-1) for k in range(len(weights))]
         if prefix_weight is not None:
             ahead.append(self.prefix[row.targets])
@@ -2053,12 +2332,11 @@ class GPT(nn.Module):
         training, runtime = torch.is_grad_enabled(), self.runtime
         sample = (row.sampled, row.num_targets) if training else (None, None)
         chunk = runtime.loss_chunk(len(x), self.config.padded_vocab if sample[0] is None else len(row.sampled))
-        loss, nll, _, _ = torch.ops.speedrun.head_loss(
-            x, self.head, torch.stack(ahead), weights, chunk, training, runtime.fused, head8, head8_T, *sample
-        )
+        how = chunk, training, runtime.fused, weights8.head, weights8.head_T, *sample
+        loss, nll, _, _ = torch.ops.speedrun.head_loss(x, self.head, torch.stack(ahead), weights, *how)
         return loss, nll
 
-    def hidden(self, row: Row, context: Context) -> Tensor:  # (T, d)
+    def hidden(self, row: Row, context: Context, weights8: Weights8 = NO_FP8) -> Tensor:  # (T, d)
         """The normed stream from which the head predicts."""
         c, last = self.config, self.config.num_layers - 1
         # The banks are taken apart once: indexing them layer by layer would make each backward write a whole bank.
@@ -2066,7 +2344,7 @@ class GPT(nn.Module):
         values = self.lookup("value_embeds", row.inputs) if hasattr(self, "value_embeds") else ()
 
         x = x0 = norm(self._smeared_embedding(row.inputs))
-        streams, late_input = Streams(self, x0), None
+        streams, late_input, largest = Streams(self, x0), None, []
         if c.ngrams:
             streams["ngram"] = self._ngram_embedding(row)
         for i, layer in enumerate(self.layers):
@@ -2084,12 +2362,33 @@ class GPT(nn.Module):
                 a, weights = late_input if layer.late else norm(x), attention_weights[layer.attention]
                 x = streams.merge(x, self._attention_layer(i, a, *weights, row, context, streams), "attention", i)
                 x = streams.add(x, "inject", i)
-            mlp = relu_squared_mlp(norm(x), mlp_bank[2 * i], mlp_bank[2 * i + 1], self.runtime.fused)
+            mlp = self._mlp(i, norm(x), mlp_bank[2 * i], mlp_bank[2 * i + 1], weights8, largest)
             x = streams.merge(x, mlp, "mlp", i)
             streams[f"out{i}"] = x
             if i == c.late_input:
                 late_input = norm(x)
+        if largest:
+            self.mlp_scale.copy_(torch.stack(largest).amax(1).clamp_min(1e-12) * (1.8 / E4M3_MAX))
         return norm(streams.add(x, "end", last))
+
+    def _mlp(
+        self,
+        i: int,
+        h: Tensor,  # (T, d) normed input
+        fc: Tensor,  # (4d, d)
+        proj: Tensor,  # (4d, d)
+        weights8: Weights8,
+        largest: list[Tensor],
+    ) -> Tensor:  # (T, d)
+        """What the MLP of layer i makes of its input. In FP8 it adds the maxima of the hidden activations to a list."""
+        if weights8.fc is None:
+            return relu_squared_mlp(h, fc, proj, self.runtime.fused)
+        h8, _ = to_fp8(h.detach(), math.sqrt(h.size(-1)))
+        scales = weights8.scale_up[i], self.mlp_scale[i], weights8.scale_proj[i]
+        operands = h8, weights8.fc[i], weights8.proj_T[i], *scales
+        out, _, found = torch.ops.speedrun.relu_squared_mlp(h, fc, proj, *operands, self.runtime.fused)
+        largest.append(found.detach())
+        return out
 
     def _attention_weights(self) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Wq over Wk (2d, d), Wv and Wo (d, d) of each attention layer, times its lambdas: all in a few kernels."""
@@ -2129,10 +2428,9 @@ class GPT(nn.Module):
         streams: Streams,
     ) -> Tensor:  # (T, d)
         """What the attention of layer i adds to the stream, before its weight."""
-        c, layer, T = self.config, self.layers[i], len(a)
-        # Each by itself: as one slab their gradients would be put together and taken apart again.
-        q, k = F.linear(a, w_qk).view(T, 2, c.num_heads, c.head_dim).unbind(1)
-        v = streams.add(F.linear(a, w_v), "values", i).view(T, c.num_heads, c.head_dim)
+        c, layer, T, fp8 = self.config, self.layers[i], len(a), "attention" in self.runtime.fp8
+        qk = linear(a, w_qk, fp8, math.sqrt(c.width)).view(T, 2, c.num_heads, c.head_dim)
+        v = streams.add(linear(a, w_v, fp8, math.sqrt(c.width)), "values", i).view(T, c.num_heads, c.head_dim)
         if layer.table is not None:
             ve = streams[f"value{i}"]
             if layer.value_gate is None:
@@ -2141,19 +2439,18 @@ class GPT(nn.Module):
                 seen = torch.cat((a[:, : c.gate_dim // 2], ve[:, : c.gate_dim // 2]), dim=1)
                 gate = 2 * torch.sigmoid(F.linear(seen, self.value_gates[layer.value_gate]))
             v = add_weighted(v, gate[..., None], ve.view_as(v))
-        y = self._heads(layer, q, k, v, streams.coefficient("dc_in", i), streams.coefficient("dc_out", i), row, context)
+        y = self._heads(layer, qk, v, streams.coefficient("dc_in", i), streams.coefficient("dc_out", i), row, context)
         if (strength := streams.coefficient("xsa", i)) is not None:
             unit = F.normalize(v, dim=-1, eps=1e-4)
             y = y - (torch.tanh(strength) * (y * unit).sum(-1))[..., None] * unit
         if (gate := streams.coefficient("gate", i)) is not None:
             y = gate[..., None] * y
-        return F.linear(y.flatten(1), w_o)
+        return linear(y.flatten(1), w_o, fp8)
 
     def _heads(
         self,
         layer: Layer,
-        q: Tensor,  # (T, H, D)
-        k: Tensor,  # (T, H, D)
+        qk: Tensor,  # (T, 2, H, D)
         v: Tensor,  # (T, H, D)
         dc_in: Tensor | None,  # (T, H) or (H,), weights of the heads in what they compose
         dc_out: Tensor | None,  # likewise, of what they compose in each head
@@ -2161,15 +2458,11 @@ class GPT(nn.Module):
         context: Context,
     ) -> Tensor:  # (T, H, D)
         """QK-norm, rotary embedding, key offset, paired heads, attention, and its composition."""
-        T, H, D = q.shape
+        T, H, D = v.shape
         # Paired heads: (T, H, D) is read as 2T positions of H/2 heads, head h at 2t and head h + H/2 at 2t + 1.
         G = 2 if layer.paired else 1
-        cos, sin = (table.view(T, G, 1, D) for table in context.rotary[G - 1])
-        q, k = (rotate(norm(x).view(T, G, H // G, D), cos, sin) for x in (q, k))
-        if layer.long and self.config.key_offset:
-            # Partial key offset: the stationary dims of a key come from the token before.
-            still = k[..., D // 2 :]
-            k = torch.cat((k[..., : D // 2], torch.cat((still[:1], still[:-1]))), dim=-1)
+        cos, sin = (table.view(T, G, D) for table in context.rotary[G - 1])
+        q, k = normed_and_rotated(qk, cos, sin, layer.long and self.config.key_offset, self.runtime.fused)
         q, k, v = (x.reshape(G * T, H // G, D) for x in (q, k, v))
         cu_seqlens, max_seqlen = G * row.cu_seqlens, G * row.max_seqlen
         window = context.windows[1] if layer.long else context.windows[0]
@@ -2911,6 +3204,9 @@ def identity(track: Track, options: Options, runtime: Runtime) -> dict[str, obje
 LOSS_EVERY = 10  # steps between reads of the training loss: each makes the host wait for the device
 
 
+FP8 = ("head", "mlp")  # what is in FP8 where nothing else is asked for
+
+
 @dataclass(frozen=True)
 class Options:
     """What belongs to one run, and not to the track."""
@@ -2933,8 +3229,9 @@ class Options:
     """FlashAttention on CUDA: FA2 is torch's own, the others have to be installed. auto: the best that is there."""
     kernels: Literal["auto", "triton", "plain"] = "auto"
     """The hot operations: Triton kernels, or plain PyTorch. auto: Triton on CUDA where it is installed."""
-    head: Literal["auto", "fp8", "plain"] = "auto"
-    """Matrix products of the head in training: FP8, or the dtype of the rest. auto: FP8 where the GPU has it."""
+    fp8: tuple[Literal["head", "mlp", "attention"], ...] | None = None
+    """Forward products in FP8 while training, of the head backward as well; --fp8 alone: none. Default: head mlp, where
+    the GPU has it and weights are bfloat16."""
     loss_chunk: int | None = None
     """Positions of a row whose logits exist at a time; the loss is the same. Default: what an eighth of the GPU's
     memory holds. Lower it where memory runs out."""
@@ -2984,8 +3281,8 @@ class Runtime:
     attention: str = "block-local"
     fused: bool = False
     """Triton kernels for the hot operations."""
-    fp8: bool = False
-    """Head in FP8 while training."""
+    fp8: tuple[str, ...] = ()
+    """Products in FP8 while training: head, mlp, attention."""
     max_loss_chunk: int | None = None
     """--loss-chunk"""
     logits_memory: int = 10**9
@@ -3014,11 +3311,17 @@ class Runtime:
         device = choose_device(options, local_rank)
         cuda = device.type == "cuda"
         has_triton = bool(cuda and triton)
-        has_fp8 = cuda and torch.cuda.get_device_capability() >= (8, 9)
+        dtype = choose_dtype(options, cuda)
+        has_fp8 = cuda and torch.cuda.get_device_capability() >= (8, 9) and dtype == torch.bfloat16
         for name, wanted, present, least in (
             (f"--attention {options.attention}", options.attention != "auto", cuda, "CUDA"),
             ("--kernels triton", options.kernels == "triton", has_triton, "CUDA and the package triton"),
-            ("--head fp8", options.head == "fp8", has_fp8, "a GPU of compute capability 8.9 (Ada, Hopper) or newer"),
+            (
+                f"--fp8 {' '.join(options.fp8 or ())}",
+                bool(options.fp8),
+                has_fp8,
+                "a GPU of compute capability 8.9 (Ada, Hopper) or newer, and bfloat16",
+            ),
         ):
             if wanted and not present:
                 raise SpeedrunError(f"{name} needs {least}. Drop it: the default is what works here.")
@@ -3027,11 +3330,11 @@ class Runtime:
             device=device,
             rank=rank,
             world_size=world_size,
-            dtype=choose_dtype(options, cuda),
+            dtype=dtype,
             compile=options.compile and cuda == torch.cuda.is_available(),
             attention=activate_flash_attention(options.attention) if cuda else "block-local",
             fused=has_triton and options.kernels != "plain",
-            fp8=has_fp8 and options.head != "plain",
+            fp8=(FP8 if options.fp8 is None else options.fp8) if has_fp8 else (),
             max_loss_chunk=options.loss_chunk,
             logits_memory=torch.cuda.get_device_properties(device).total_memory // 8 if cuda else 10**9,
         )
@@ -3058,8 +3361,7 @@ class Runtime:
             f"Running PyTorch {torch.__version__} compiled for CUDA {torch.version.cuda}, numpy {np.__version__}",
             f"Platform: {platform.platform()}",
             f"Device: {self.device.type} x {self.world_size}, dtype {str(self.dtype).removeprefix('torch.')}, "
-            f"compile {self.compile}, attention {self.attention}, head matmul "
-            f"{'FP8' if self.fp8 else str(self.dtype).removeprefix('torch.')}, "
+            f"compile {self.compile}, attention {self.attention}, FP8 {' '.join(self.fp8) or 'none'}, "
             f"kernels {f'Triton {triton.__version__}' if self.fused else 'plain PyTorch'}",
         ]
         if self.device.type == "cuda":
@@ -3427,9 +3729,9 @@ class Trainer:
         weights = self._weights(settings.prediction_weights)
         prefix_weight = self._weights((settings.prefix_weight,)) if settings.prefix_weight > 0 else None
         total = torch.zeros((), dtype=weights.dtype, device=self.runtime.device)
-        rows, head8 = self.loader.next(step), self.model.fp8_head()
+        rows, weights8 = self.loader.next(step), self.model.in_fp8()
         for row in rows:
-            loss, nll = self.model(row, settings, weights, prefix_weight, head8)
+            loss, nll = self.model(row, settings, weights, prefix_weight, weights8)
             if row is rows[-1]:  # before its backward pass, whose hooks start the sums over the ranks
                 late = self.model.table_sums
                 self.optimizer.expect_gradients(settings, late, {"ngram_embed": self.loader.touched})
@@ -3493,6 +3795,7 @@ class Trainer:
             "weights": {name: p.detach().clone() for name, p in self.params.items()},
             "optimizer": {n: {k: t.clone() for k, t in s.items()} for n, s in self.optimizer.state.items()},
             "loader": self.loader.position,
+            "mlp_scale": self.model.mlp_scale.clone(),
             "rng": torch.get_rng_state(),
         }
 
@@ -3507,6 +3810,7 @@ class Trainer:
             for key, tensor in self.optimizer.state[name].items():
                 tensor.copy_(state["optimizer"][name][key])
         self.loader.position = state["loader"]
+        self.model.mlp_scale.copy_(state["mlp_scale"])
         torch.set_rng_state(state["rng"])
 
     def owned(self) -> dict[str, Tensor]:
@@ -3520,6 +3824,7 @@ class Trainer:
             if optimizer.rules[name].sharded or self.runtime.rank == 0:
                 found[f"weights.{name}"] = optimizer.piece(name, p.data)
                 found |= {f"optimizer.{name}.{key}": tensor for key, tensor in optimizer.state[name].items()}
+        found["mlp_scale"] = self.model.mlp_scale[None]  # each rank's own: they follow from the rows that it has had
         if self.runtime.rank == 0:
             found["rng"] = torch.get_rng_state()
         return {name: t.detach().to("cpu", copy=True).contiguous() for name, t in found.items()}
@@ -3536,6 +3841,10 @@ class Trainer:
         for name, whole in checkpoint.tensors():
             if name == "rng":
                 torch.set_rng_state(whole)
+                continue
+            if name == "mlp_scale":  # (ranks, L); at another number of them the largest of all
+                same = len(whole) == self.runtime.world_size
+                self.model.mlp_scale.copy_(whole[self.runtime.rank] if same else whole.amax(0))
                 continue
             if name not in targets:
                 raise CheckpointError(f"{checkpoint.folder}: {name} does not fit this model, which has none.")
@@ -3801,7 +4110,7 @@ def check_numbers(track: Track, options: Options, runtime: Runtime) -> None:
     """Refuse at once what cannot work: raises SpeedrunError for numbers that do not fit."""
     data, schedule, model, rows = track.data, track.schedule, track.model, track.data.rows_per_step
     world, short, final = runtime.world_size, schedule.extension.windows[0], schedule.final_long_window
-    fp8, takes = 16 if runtime.fp8 else 1, "FP8 takes multiples of 16; see --head plain."
+    fp8, takes = 16 if runtime.fp8 else 1, "FP8 takes multiples of 16; see --fp8."
     stages = {f"--schedule.stages.{i}": stage for i, stage in enumerate(schedule.stages)}
     stages["--schedule.extension"] = schedule.extension
     refusals = [

@@ -22,6 +22,7 @@ from torch import Tensor
 from shared import at_least
 from sibling import own_parser, parse_own, scaled
 from train_gpt import (
+    FP8,
     GPT,
     NANO,
     ModelConfig,
@@ -100,7 +101,13 @@ def activation_memory(track: Track, runtime: Runtime, tokens: int) -> int:
 
 @functools.cache
 def saved_for_backward(
-    model: ModelConfig, settings: Settings, tokens: int, cuda: bool, dtype: torch.dtype, fused: bool, fp8: bool
+    model: ModelConfig,
+    settings: Settings,
+    tokens: int,
+    cuda: bool,
+    dtype: torch.dtype,
+    fused: bool,
+    fp8: tuple[str, ...],
 ) -> int:
     """Bytes of the tensors that the forward pass of a row keeps, besides weights: counted on tensors without data."""
     import torch.nn.attention.varlen
@@ -218,7 +225,7 @@ def gpu_runtime(options: Options, world_size: int, gigabytes: float) -> Runtime:
         dtype=torch.bfloat16,
         compile=True,
         fused=options.kernels != "plain",
-        fp8=options.head != "plain",
+        fp8=FP8 if options.fp8 is None else options.fp8,
         max_loss_chunk=options.loss_chunk,
         logits_memory=int(gigabytes * 1e9) // 8,
     )

@@ -154,7 +154,7 @@ NUMBERS = [
     ("--attention FA3", "--attention FA3 needs CUDA"),
     ("--attention FA2", "--attention FA2 needs CUDA"),
     ("--kernels triton", "--kernels triton needs CUDA"),
-    ("--head fp8", "--head fp8 needs a GPU"),
+    ("--fp8 head", "--fp8 head needs a GPU"),
 ]
 
 # Of what tyro itself finds out: exit code 2.
@@ -378,7 +378,7 @@ def test_a_parameter_without_a_rule_is_named():
 def test_sizes_that_fp8_cannot_take_are_refused(tiny_data):
     """Catches: torch._scaled_mm's traceback in the first step: both its operands take multiples of 16 along the
     dimension that is summed, and the second one along both. That is the row in the head's gradient."""
-    fp8, track = replace(cpu(), fp8=True), tiny_track(rows_per_step=2)
+    fp8, track = replace(cpu(), fp8=("head",)), tiny_track(rows_per_step=2)
     stages = tuple(replace(stage, tokens=2 * 48) for stage in track.schedule.stages)
     fitting = replace(track, schedule=replace(track.schedule, stages=stages, extension=stages[0]))
     check_numbers(fitting, Options(), fp8)

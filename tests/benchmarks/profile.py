@@ -38,10 +38,10 @@ def main() -> None:
     weights = loss_weights(settings, runtime)
 
     def step() -> None:
-        head8 = model.fp8_head()
+        weights8 = model.in_fp8()
         for row in rows:
             with record_function("forward"):
-                loss = model(row, settings, *weights, head8)[0] / SMALL.data.rows_per_step
+                loss = model(row, settings, *weights, weights8)[0] / SMALL.data.rows_per_step
             with record_function("backward"):
                 loss.backward()
         with record_function("optimizer"):

@@ -120,9 +120,9 @@ def time_steps(track: Track, options: argparse.Namespace, runtime: Runtime) -> l
         weights = loss_weights(settings, runtime)
 
         def train(rows=rows, settings=settings, weights=weights) -> None:
-            head8 = model.fp8_head()
+            weights8 = model.in_fp8()
             for row in rows:
-                (model(row, settings, *weights, head8)[0] / track.data.rows_per_step).backward()
+                (model(row, settings, *weights, weights8)[0] / track.data.rows_per_step).backward()
             model.hand_over_table_gradients()
 
         began = time.perf_counter()
@@ -235,12 +235,12 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--attention", default="auto", choices=("auto", "FA2", "FA3", "FA4"))
     parser.add_argument("--kernels", default="auto", choices=("auto", "triton", "plain"))
-    parser.add_argument("--head", default="auto", choices=("auto", "fp8", "plain"))
+    parser.add_argument("--fp8", nargs="*", choices=("head", "mlp", "attention"))
     parser.add_argument("--loss-chunk", type=int)
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
-    names = ("device", "attention", "kernels", "head", "loss_chunk")
+    names = ("device", "attention", "kernels", "fp8", "loss_chunk")
     compile = not options.no_compile and torch.cuda.is_available()
     runtime = Runtime.create(Options(**{name: getattr(options, name) for name in names}, compile=compile))
     print(runtime.describe())
