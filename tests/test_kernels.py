@@ -459,7 +459,7 @@ def test_the_partition_sum_is_right_in_the_mean():
 
 def test_the_bias_of_the_gradient_falls_as_one_over_the_sample():
     """Draws of 10, 20 and 40 columns of 999: the bias times their number is the same (1.4). Catches: a gradient that is
-    not that of the sampled loss, draws that are not uniform.
+    not that of the sampled loss, weights forgotten in it.
 
     z g - z truth, linear in the draw, is zero in the mean; without it 2,000 draws are enough. 1/m - 1/999 is the part
     of 1/m that is left where m of 999 are drawn without replacement."""
