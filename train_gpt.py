@@ -180,6 +180,8 @@ class ModelConfig:
     """Hidden width of the MLP in multiples of the width."""
     vocab_multiple: int = 128
     """The vocabulary is padded to a multiple of this."""
+    sampled_vocab: int = 0
+    """Columns of the head in the training loss of a row: all targets, the others drawn at random; 0: the whole head."""
     equal_qk_init: bool = False
     """Start with Wk equal to Wq in every layer: each position attends first to those that are like it."""
     zero_wo: bool = False
@@ -194,6 +196,11 @@ class ModelConfig:
     @property
     def padded_vocab(self) -> int:
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+    @property
+    def training_vocab(self) -> int:
+        """Columns of the head that the training loss takes."""
+        return self.sampled_vocab or self.padded_vocab
 
     @property
     def attention_layers(self) -> list[int]:
@@ -946,19 +953,28 @@ def softcapped_cross_entropy(
     logits: Tensor,  # (T, V), before the soft-cap
     targets: Tensor,  # (K, T) int64, negative where there is none
     weights: Tensor,  # (K,)
+    num_targets: Tensor | None = None,  # int64, 0-dim; None: the logits are those of the whole head
+    vocab: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Multi-token cross-entropy and its gradient. The kernel `_cross_entropy` computes the same in one pass.
 
     Returns, by position: sum over k of weights[k] * CE(softcap(logits), targets[k]) (T,), the same of k = 0 alone with
     weight 1 (T,), and the gradient of the former with respect to the logits (T, V), at least float32.
+
+    Sampled softmax (arXiv:1412.2007): where the logits are the num_targets columns of a head of `vocab` that must be
+    there and V - num_targets drawn from its others, each of these stands for (vocab - num_targets) / (V - num_targets)
+    in the sum of exponentials, which is then right in the mean. Its logarithm is too low, by a term of order 1/V.
     """
-    z = softcapped(logits)
-    log_sum = z.logsumexp(1, keepdim=True)
+    z = weighed = softcapped(logits)
+    if num_targets is not None:
+        n, column = num_targets.to(z.dtype), torch.arange(z.size(1), device=z.device)
+        weighed = z + torch.where(column < num_targets, 0, ((vocab - n) / (len(column) - n)).log())
+    log_sum = weighed.logsumexp(1, keepdim=True)
     has_target = (targets >= 0).T  # (T, K)
     targets = targets.clamp_min(0).T
     losses = (log_sum - z.gather(1, targets)) * has_target
     weighted = has_target * weights
-    grad = (z - log_sum).exp_().mul_(weighted.sum(1, keepdim=True)).scatter_add_(1, targets, -weighted)
+    grad = (weighed - log_sum).exp_().mul_(weighted.sum(1, keepdim=True)).scatter_add_(1, targets, -weighted)
     grad *= z * (1 - z / 23) / 7.5
     return losses @ weights, losses[:, 0], grad
 
@@ -1437,11 +1453,14 @@ def _cross_entropy(
     losses,  # (T,) float32, weighted sum over the K predictions
     nlls,  # (T,) float32, of the first prediction
     grad,  # (T, V) contiguous, of the losses with respect to the logits, divided by grad_scale; may be the logits
+    num_targets,  # int64, see `softcapped_cross_entropy`; not read unless SAMPLED
     T,
     V,
+    vocab,
     grad_scale,
     K: tl.constexpr,
     GRAD: tl.constexpr,
+    SAMPLED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One position: the sum of exponentials, then the gradient, while the logits are still in the L2 cache.
@@ -1451,11 +1470,17 @@ def _cross_entropy(
     t = tl.program_id(0)
     logits += t.to(tl.int64) * V
     grad += t.to(tl.int64) * V
+    if SAMPLED:
+        first = tl.load(num_targets)  # of the columns that stand for others as well
+        others = (vocab - first).to(tl.float32) / (V - first).to(tl.float32)
     sums = tl.zeros((BLOCK,), tl.float32)
     for begin in range(0, V, BLOCK):
         cols = begin + tl.arange(0, BLOCK)
         z = 23.0 * tl.sigmoid((tl.load(logits + cols, mask=cols < V, other=0.0).to(tl.float32) + 5.0) / 7.5)
-        sums += tl.where(cols < V, tl.exp(z - 23.0), 0.0)
+        exp = tl.exp(z - 23.0)
+        if SAMPLED:
+            exp *= tl.where(cols < first, 1.0, others)
+        sums += tl.where(cols < V, exp, 0.0)
     log_sum = 23.0 + tl.log(tl.sum(sums))
     loss = 0.0
     weight_sum = 0.0
@@ -1473,6 +1498,8 @@ def _cross_entropy(
             cols = begin + tl.arange(0, BLOCK)
             z = 23.0 * tl.sigmoid((tl.load(logits + cols, mask=cols < V, other=0.0).to(tl.float32) + 5.0) / 7.5)
             dz = weight_sum * tl.exp(z - log_sum)
+            if SAMPLED:
+                dz *= tl.where(cols < first, 1.0, others)
             for k in tl.static_range(K):
                 dz -= tl.where(cols == tl.load(targets + k * T + t), tl.load(weights + k), 0.0)
             dz *= z * (1.0 - z / 23.0) / 7.5 / grad_scale
@@ -1480,7 +1507,13 @@ def _cross_entropy(
 
 
 def fused_cross_entropy(
-    logits: Tensor, targets: Tensor, weights: Tensor, grad: Tensor | None, grad_scale: float = 1.0
+    logits: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    grad: Tensor | None,
+    grad_scale: float = 1.0,
+    num_targets: Tensor | None = None,
+    vocab: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """`softcapped_cross_entropy` with the gradient, divided by `grad_scale`, written into `grad`, in the dtype of that.
 
@@ -1489,9 +1522,9 @@ def fused_cross_entropy(
     T, V = logits.shape
     losses, nlls = torch.empty(2, T, dtype=torch.float32, device=logits.device).unbind()
     block = 4096 if logits.is_cuda else 64
-    out = logits if grad is None else grad
-    sizes = {"K": len(weights), "GRAD": grad is not None, "BLOCK": block, "num_warps": 8}
-    _cross_entropy[(T,)](logits, targets, weights, losses, nlls, out, T, V, grad_scale, **sizes)
+    pointers = logits, targets, weights, losses, nlls, logits if grad is None else grad, num_targets
+    sizes = {"K": len(weights), "GRAD": grad is not None, "SAMPLED": num_targets is not None, "BLOCK": block}
+    _cross_entropy[(T,)](*pointers, T, V, vocab, grad_scale, **sizes, num_warps=8)
     return losses, nlls
 
 
@@ -1555,22 +1588,23 @@ def head_matmul(
 
 
 def head_cross_entropy(
-    logits: Tensor, targets: Tensor, weights: Tensor, need_grad: bool, fused: bool, fp8: bool
+    logits: Tensor, targets: Tensor, weights: Tensor, need_grad: bool, fused: bool, fp8: bool, *sample: Tensor | int
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """`softcapped_cross_entropy`, with the gradient in FP8 over FP8_GRAD, or as the logits (if fused, over them)."""
     if not fused:
-        losses, nlls, grad = softcapped_cross_entropy(logits, targets, weights)
+        losses, nlls, grad = softcapped_cross_entropy(logits, targets, weights, *sample)
         return losses, nlls, (grad / FP8_GRAD).to(torch.float8_e5m2) if fp8 else grad.to(logits.dtype)
     grad = None
     if need_grad:
         grad = torch.empty_like(logits, dtype=torch.float8_e5m2) if fp8 else logits
-    return *fused_cross_entropy(logits, targets, weights, grad, FP8_GRAD if fp8 else 1.0), grad
+    return *fused_cross_entropy(logits, targets, weights, grad, FP8_GRAD if fp8 else 1.0, *sample), grad
 
 
-def _head_loss_fake(x, head, targets, weights, chunk, need_grad, fused, head8, head8_T):
+def _head_loss_fake(x, head, targets, weights, chunk, need_grad, fused, head8, head8_T, sampled=None, num_targets=None):
     loss = x.new_empty((), dtype=wide(x.dtype))
-    gradients = (x, head) if need_grad else (x[:0], head[:0])
-    return loss, torch.empty_like(loss), *(torch.empty_like(g) for g in gradients)
+    gradients = (x, head if sampled is None else head[:, : len(sampled)])
+    gradients = (g.new_empty(g.shape if need_grad else (0, g.size(1))) for g in gradients)
+    return loss, torch.empty_like(loss), *gradients
 
 
 @operator("head_loss", fake=_head_loss_fake)
@@ -1584,21 +1618,33 @@ def _head_loss_op(
     fused: bool,
     head8: Tensor | None,  # (d, V) and (V, d) of `GPT.fp8_head`; None: no FP8
     head8_T: Tensor | None,
+    sampled: Tensor | None = None,  # (S,) int64 and 0-dim, as in a Row: V is S from here on; None: the whole head
+    num_targets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # loss and next-token loss, 0-dim; gradients of the loss: (T, d), (d, V)
     loss, nll = (torch.zeros((), dtype=wide(x.dtype), device=x.device) for _ in range(2))
     x_grad = torch.empty_like(x if need_grad else x[:0])
     chunks = range(0, x.size(0), chunk)
     adds_up = need_grad and len(chunks) > 1
-    head_grad = torch.zeros_like(head, dtype=wide(x.dtype)) if adds_up else torch.empty_like(head[:0])
-    fp8 = head8 is not None
+    fp8, sample = head8 is not None, ()
+    if sampled is not None:
+        sample = num_targets, head.size(1)
+        place = sampled.new_full((head.size(1),), -1)
+        place[sampled] = torch.arange(len(sampled), device=x.device)
+        targets = torch.where(targets < 0, targets, place[targets.clamp_min(0)])
+        if fp8:  # byte by byte: indexing knows no FP8
+            head8_T = head8_T.view(torch.uint8)[sampled].view(head8_T.dtype)
+            head8 = fp8_and_transpose(head8_T, None, fused)[1]
+        else:
+            head = head[:, sampled]
     forward_head, backward_head = (head8_T.T, head8.T) if fp8 else (head, head.T)  # (d, V), (V, d)
+    head_grad = x.new_zeros((len(forward_head) if adds_up else 0, forward_head.size(1)), dtype=wide(x.dtype))
     scale_x, scale_head, scale_grad = (x.new_full((), s, dtype=torch.float32) if fp8 else None for s in FP8_SCALES)
     for begin in chunks:
         positions = slice(begin, begin + chunk)
         ts, xs = targets[:, positions].contiguous(), x[positions]
         xs, xs_T = fp8_and_transpose(xs, FP8_X, fused) if fp8 else (xs, xs.T)
         logits = head_matmul(xs, forward_head, scale_x, scale_head, fast_accum=True)
-        losses, nlls, grad = head_cross_entropy(logits, ts, weights, need_grad, fused, fp8)
+        losses, nlls, grad = head_cross_entropy(logits, ts, weights, need_grad, fused, fp8, *sample)
         loss += losses.sum()
         nll += nlls.sum()
         del logits  # in FP8 the gradient is elsewhere, and its transpose takes as much again
@@ -1612,11 +1658,16 @@ def _head_loss_op(
 
 def _head_loss_setup_context(ctx, inputs: tuple, output: tuple) -> None:
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output[2:])
+    ctx.vocab = inputs[1].size(1)
+    ctx.save_for_backward(*output[2:], inputs[9])
 
 
 def _head_loss_backward(ctx, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-    return *((g * grad).to(g.dtype) for g in ctx.saved_tensors), *(None,) * 7
+    *gradients, sampled = ctx.saved_tensors
+    x_grad, head_grad = ((g * grad).to(g.dtype) for g in gradients)
+    if sampled is not None:
+        head_grad = head_grad.new_zeros(len(head_grad), ctx.vocab).index_copy_(1, sampled, head_grad)
+    return x_grad, head_grad, *(None,) * 9
 
 
 torch.library.register_autograd("speedrun::head_loss", _head_loss_backward, setup_context=_head_loss_setup_context)
@@ -1991,6 +2042,9 @@ class Row(NamedTuple):
     max_seqlen: int  # no document is longer
     ngram_rows: Tensor  # (N, T) int64, rows of the table of n-grams, for each n of the layout
     sign_rows: Tensor  # (N, T) int64, rows of the table of signs
+    # Of rows to train on, where the loss samples the vocabulary: columns of the head (S,), first the targets'.
+    sampled: Tensor | None = None
+    num_targets: Tensor | None = None  # int64, 0-dim: how many those are
 
     def to(self, runtime: Runtime) -> Row:
         """The row on the device."""
@@ -2264,6 +2318,7 @@ class GPT(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Training loss of a row summed over its tokens, and the plain next-token loss summed likewise (detached).
 
+        With gradients both are estimates where the row has a sample of the vocabulary; without they never are.
         weights (K,): of the predictions of token t+1 ... t+K. prefix_weight (1,): of that of the prefix of token t+1.
         weights8: of `in_fp8`; None: made here.
         """
@@ -2285,11 +2340,11 @@ class GPT(nn.Module):
             ahead.append(self.prefix[row.targets])
             weights = torch.cat((weights, prefix_weight))
         training, runtime = torch.is_grad_enabled(), self.runtime
-        chunk = runtime.loss_chunk(len(x), self.config.padded_vocab)
+        sample = (row.sampled, row.num_targets) if training else (None, None)
+        chunk = runtime.loss_chunk(len(x), self.config.padded_vocab if sample[0] is None else len(row.sampled))
+        how = chunk, training, runtime.fused, weights8.head, weights8.head_T, *sample
         (head,) = self.accumulated("head")
-        loss, nll, _, _ = torch.ops.speedrun.head_loss(
-            x, head, torch.stack(ahead), weights, chunk, training, runtime.fused, weights8.head, weights8.head_T
-        )
+        loss, nll, _, _ = torch.ops.speedrun.head_loss(x, head, torch.stack(ahead), weights, *how)
         return loss, nll
 
     def hidden(self, row: Row, context: Context, weights8: Weights8 = NO_FP8) -> Tensor:  # (T, d)
@@ -2432,9 +2487,11 @@ class GPT(nn.Module):
         return y
 
     @torch.no_grad()
-    def set_prefixes(self, tokens: list[bytes]) -> None:
-        """Find the longest other token that each token of the vocabulary begins with, given the bytes of all."""
-        self.prefix[: len(tokens)] = torch.tensor(prefix_tokens(tokens)).to(self.prefix)
+    def set_prefixes(self, tokens: list[bytes]) -> np.ndarray:
+        """Find and return the longest other token that each token of the vocabulary begins with, given their bytes."""
+        found = np.array(prefix_tokens(tokens))
+        self.prefix[: len(tokens)] = torch.from_numpy(found).to(self.prefix)
+        return found
 
     @torch.no_grad()
     def logits(self, row: Row, settings: Settings) -> Tensor:
@@ -2584,10 +2641,12 @@ class Loader:
     fill them is dropped.
 
     The rows of a step are the same for every number of ranks; rank r of W takes the r-th of W equal runs of them.
+    So are the samples of the vocabulary that go with them, by `seed`.
     """
 
-    def __init__(self, track: Track, data_dir: Path, runtime: Runtime):
-        self.track, self.runtime = track, runtime
+    def __init__(self, track: Track, data_dir: Path, runtime: Runtime, seed: int = 0):
+        self.track, self.runtime, self.seed = track, runtime, seed
+        self.prefix: np.ndarray | None = None  # of `GPT.set_prefixes`, whose results are then targets as well
         self.identities: dict[str, str] = {}  # of the shards read so far, by name
         self.paths = find_shards(data_dir, "train", track.data) * track.data.epochs
         self.position = LoaderPosition()
@@ -2639,10 +2698,21 @@ class Loader:
                 tokens, starts = self._tokens(shard, pieces)
                 some[ngram_keys(tokens[:-1], starts, model.ngrams) % model.ngram_rows] = True
         made, longest = [], min(stage.max_doc_len, stage.tokens // len(rows))
-        for pieces in rows[runtime.rank * each : (runtime.rank + 1) * each]:
-            tokens, starts = self._tokens(shard, pieces)
-            made.append(make_row(tokens, starts, longest, model).to(runtime))
+        for i in range(runtime.rank * each, (runtime.rank + 1) * each):
+            row = make_row(*self._tokens(shard, rows[i]), longest, model)
+            row = self._with_sample(row, step, i) if model.sampled_vocab else row
+            made.append(row.to(runtime))
         return made, touched, after
+
+    def _with_sample(self, row: Row, step: int, i: int) -> Row:
+        """Row i of a step, with a sample of the vocabulary."""
+        targets = row.targets.numpy()
+        if self.prefix is not None and self.track.at(step).prefix_weight > 0:
+            targets = np.concatenate((targets, self.prefix[targets]))
+        is_target = np.zeros(self.track.model.padded_vocab, bool)
+        is_target[targets[targets >= 0]] = True
+        sampled, num_targets = sample_vocab(is_target, self.track.model.sampled_vocab, self.seed, step, i)
+        return row._replace(sampled=sampled, num_targets=num_targets)
 
     def take_step(self, step: int, position: LoaderPosition) -> tuple[Shard, list[list[slice]], LoaderPosition]:
         """All rows of a step that begins at `position`, each in pieces of one shard, and the position after it.
@@ -2801,6 +2871,23 @@ def make_row(tokens: np.ndarray, starts: np.ndarray, max_seqlen: int, model: Mod
     arrays = tokens.astype(np.int64, copy=False), cu_seqlens, keys % model.ngram_rows, sign_rows
     packed, cu, ngram_rows, sign_rows = map(torch.from_numpy, arrays)
     return Row(packed[:-1], packed[1:], cu, max_seqlen, ngram_rows, sign_rows)
+
+
+def sample_vocab(is_target: np.ndarray, count: int, seed: int, step: int, row: int) -> tuple[Tensor, Tensor]:
+    """`count` columns of the head, int64, and how many of them, the first, are the targets' (columns,): all of these.
+
+    The others are drawn uniformly and without replacement, padding included, which the whole loss counts as well.
+    Raises SpeedrunError where the targets leave no place for others.
+    """
+    targets, others = np.flatnonzero(is_target), np.flatnonzero(~is_target)
+    if len(targets) >= count < len(is_target):
+        raise SpeedrunError(
+            f"--model.sampled-vocab {count}: row {row} of step {step} has {len(targets)} different targets, and a "
+            "sample needs others as well. Raise it well above that, or take the whole vocabulary with 0."
+        )
+    generator = np.random.RandomState((seed % (1 << 32), seed >> 32, step, row))  # which numpy never changes
+    drawn = generator.choice(others, count - len(targets), replace=False)
+    return torch.from_numpy(np.concatenate((targets, np.sort(drawn)))), torch.tensor(len(targets))
 
 
 def ngram_keys(tokens: np.ndarray, starts: np.ndarray, sizes: tuple[int, ...]) -> np.ndarray:
@@ -3633,7 +3720,7 @@ class Trainer:
         self.model = GPT(track.model, runtime, seed)
         self.params = dict(self.model.named_parameters())
         self.optimizer = Optimizer(self.params, track.optimizer, runtime)
-        self.loader = Loader(track, data_dir, runtime)
+        self.loader = Loader(track, data_dir, runtime, seed)
         self.validation_tokens, self.other_data = validation_tokens(track, data_dir)
         self.token_bytes: list[bytes] | None = None
         if track.prefix_loss and any(max(stage.prefix_weight) > 0 for stage, _ in track.schedule.parts()):
@@ -3647,10 +3734,10 @@ class Trainer:
     def find_prefixes(self) -> None:
         """What the prediction of prefixes takes; to call when the clock runs."""
         if self.token_bytes is not None:
-            self.model.set_prefixes(self.token_bytes)
+            self.loader.prefix = self.model.set_prefixes(self.token_bytes)
 
     def train_step(self, step: int) -> Tensor:
-        """One step. Returns this rank's part of the mean next-token loss, 0-dim on the device."""
+        """One step. Returns this rank's part of the mean next-token loss, 0-dim on the device: see `GPT.forward`."""
         settings, num_rows = self.track.at(step), self.track.data.rows_per_step
         weights = self._weights(settings.prediction_weights)
         prefix_weight = self._weights((settings.prefix_weight,)) if settings.prefix_weight > 0 else None
@@ -4023,7 +4110,7 @@ def compilations() -> int:
 def out_of_memory(error: torch.OutOfMemoryError, track: Track, runtime: Runtime) -> SpeedrunError:
     """What to do about it: lower the one number that trades memory for nothing but a little time."""
     longest = max(stage.tokens for stage in (*track.schedule.stages, track.schedule.extension))
-    chunk = runtime.loss_chunk(longest // track.data.rows_per_step, track.model.padded_vocab)
+    chunk = runtime.loss_chunk(longest // track.data.rows_per_step, track.model.training_vocab)
     return SpeedrunError(
         f"the GPU of process {runtime.rank} ran out of memory: {str(error).split('. ')[0]}. --loss-chunk (now {chunk}; "
         f"try {max(chunk // 4, 16)}) leaves more room with the same loss."
@@ -4047,6 +4134,11 @@ def check_numbers(track: Track, options: Options, runtime: Runtime) -> None:
         (short > final, f"--schedule.final-long-window {final}: shorter than the short window {short}."),
         (model.width % fp8, f"the width of the model is {model.width}: {takes}"),
         (model.padded_vocab % fp8, f"--model.vocab-multiple makes {model.padded_vocab} of the vocabulary: {takes}"),
+        (model.sampled_vocab % fp8, f"--model.sampled-vocab {model.sampled_vocab}: {takes}"),
+        (
+            model.sampled_vocab > model.padded_vocab,
+            f"--model.sampled-vocab {model.sampled_vocab}: the head has {model.padded_vocab} columns; 0 takes all.",
+        ),
     ]
     for name, stage in stages.items():
         length, weights = stage.tokens // rows, stage.prediction_weights

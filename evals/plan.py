@@ -77,14 +77,14 @@ def plan_memory(track: Track, runtime: Runtime) -> Memory:
     size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors)
     longest = max(stage.tokens for stage in (*track.schedule.stages, track.schedule.extension))
     tokens = longest // track.data.rows_per_step
-    each = track.model.padded_vocab * (4 if runtime.fused else 24)
+    each = track.model.training_vocab * (4 if runtime.fused else 24)
     return Memory(
         weights=size((*params.values(), *model.buffers())),
         optimizer=size(t for tensors in state.values() for t in tensors.values()),
         gradients=size(params.values()) + size(sums),
         activations=activation_memory(track, runtime, tokens),
         cuda=CUDA_ITSELF if runtime.device.type == "cuda" else 0,
-        logits=runtime.loss_chunk(tokens, track.model.padded_vocab) * each,
+        logits=runtime.loss_chunk(tokens, track.model.training_vocab) * each,
     )
 
 
@@ -126,8 +126,9 @@ def saved_for_backward(
         inputs = torch.zeros(tokens, dtype=torch.int64)
         starts = torch.zeros(document_capacity(tokens), dtype=torch.int32)
         keys = torch.zeros(len(model.ngrams), tokens, dtype=torch.int64)
+        sample = (inputs.new_zeros(model.sampled_vocab), inputs.new_zeros(())) if model.sampled_vocab else ()
         with counting() as saved:
-            network(Row(inputs, inputs, starts, tokens, keys, keys), settings, torch.ones(1))
+            network(Row(inputs, inputs, starts, tokens, keys, keys, *sample), settings, torch.ones(1))
         for p in network.parameters():
             saved.pop(p.untyped_storage()._cdata, None)
         return sum(saved.values())
@@ -159,7 +160,7 @@ def parameter_counts(track: Track) -> tuple[int, int, int]:
 def flops_per_token(track: Track, settings: Settings) -> float:
     """Of forward and backward pass: 6 per weight of a matrix, 12 per key and dim that a full window lets it see."""
     c = track.model
-    matrices = parameter_counts(track)[1] + c.width * c.padded_vocab
+    matrices = parameter_counts(track)[1] + c.width * c.training_vocab
     keys = sum(settings.windows[layer.long] + 1 for layer in c.layers if layer.attention is not None)
     keys += c.dc_window * len({*c.dc_layers} & {*c.attention_layers})
     return 6.0 * matrices + 12.0 * c.width * keys

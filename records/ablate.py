@@ -116,6 +116,7 @@ VARIANTS: dict[str, dict[str, str]] = {
         "cooldown to 0.1": "--schedule.final-lr 0.1 --schedule.extension.lr 0.1",
         "with n-grams of three tokens": "--model.ngrams 2 3",
         "with four times the rows for n-grams": "--model.ngram-rows 122880",
+        "with a sample of 1,024 tokens in the loss": "--model.sampled-vocab 1024",
     },
 }
 

@@ -6,7 +6,7 @@ import os
 import random
 import re
 from dataclasses import replace
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -256,6 +256,71 @@ def test_touched_are_the_ngrams_that_each_ranks_row_reads(tmp_path, world_size):
         loader = Loader(track, data_dir, cpu(world_size=ranks))
         loader.next(0)
         assert loader.touched is None
+
+
+def sampling(count: int, rows: int = 8) -> Track:
+    """Two stages of three steps; prefixes are predicted in the first."""
+    track = track_with([(30, 20), (50, 20)], steps_each=3, rows=rows)
+    first, second = track.schedule.stages
+    first = replace(first, prefix_weight=(0.25, 0.25))
+    schedule = replace(track.schedule, stages=(first, second), extension=second)
+    return replace(track, model=replace(MODEL, sampled_vocab=count), schedule=schedule)
+
+
+def drawn(track: Track, data_dir: Path, steps: range, seed: int = 0, world_size: int = 1) -> list[list[tuple]]:
+    """Rows of the steps by all ranks, targets, sampled columns and how many of them are targets."""
+    loaders = [Loader(track, data_dir, cpu(rank=rank, world_size=world_size), seed) for rank in range(world_size)]
+    found = []
+    for loader in loaders:
+        loader.prefix = np.arange(257) // 10 - 1
+    for step in steps:
+        rows = [row for loader in loaders for row in loader.next(step)]
+        found.append([(row.targets.tolist(), row.sampled.tolist(), int(row.num_targets)) for row in rows])
+    return found
+
+
+def test_a_row_has_a_sample_of_all_its_targets_and_of_others(tmp_path):
+    """Catches: a target or prefix left out, a column twice, columns that are no others, a shape that depends on the
+    data, padding that is never drawn, prefixes where none are predicted."""
+    data_dir, track = write_shards(tmp_path, [text_like(6000, seed=0).tolist()]), sampling(128)
+    others = set()
+    for step, rows in enumerate(drawn(track, data_dir, range(6))):
+        for targets, sampled, num_targets in rows:
+            wanted = set(targets) | ({target // 10 - 1 for target in targets} - {-1} if step < 3 else set())
+            assert sampled[:num_targets] == sorted(wanted) and len(sampled) == len(set(sampled)) == 128
+            others |= set(sampled[num_targets:])
+    assert others == set(range(track.model.padded_vocab)) - {BOS} and track.model.padded_vocab > 257
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_samples_are_a_function_of_seed_step_and_row(tmp_path, world_size):
+    """Catches: a draw that depends on the process or on the steps before, the same draw in all rows or steps."""
+    data_dir, track = write_shards(tmp_path, [text_like(6000, seed=0).tolist()]), sampling(128)
+    steps = drawn(track, data_dir, range(4))
+    assert drawn(track, data_dir, range(4), world_size=world_size) == steps
+    assert drawn(track, data_dir, range(1), seed=1)[0] != steps[0]
+    numbers = [*product((0, 1, 1 << 32, (1 << 63) - 1), range(3), range(3))]  # seed, step, row
+    of_the_same = [train_gpt.sample_vocab(np.arange(300) < 9, 64, *some)[0].tolist() for some in numbers]
+    assert len(set(map(str, of_the_same))) == len(numbers)
+    resumed = Loader(track, data_dir, cpu())
+    for step in range(2):
+        resumed.next(step)
+    later = Loader(track, data_dir, cpu())
+    later.position = resumed.position
+    assert [row.sampled.tolist() for row in later.next(3)] == [row.sampled.tolist() for row in resumed.next(3)]
+
+
+def test_a_sample_of_everything_and_one_too_small(tmp_path):
+    """Catches: an error for a sample that needs no others, or a division by zero for one that has none."""
+    data_dir = write_shards(tmp_path, [text_like(6000, seed=0).tolist()])
+    everything = sampling(MODEL.padded_vocab)
+    for targets, sampled, n in drawn(everything, data_dir, range(1))[0]:
+        assert set(targets) <= set(sampled[:n]) and sorted(sampled) == list(range(MODEL.padded_vocab))
+    distinct = max(n for *_, n in drawn(everything, data_dir, range(1))[0])
+    assert drawn(sampling(distinct + 1), data_dir, range(1))
+    said = f"sampled-vocab {distinct}: row . of step 0 has {distinct} different targets.* whole vocabulary with 0"
+    with pytest.raises(SpeedrunError, match=said):
+        drawn(sampling(distinct), data_dir, range(1))
 
 
 def test_more_documents_than_the_static_capacity_still_make_a_right_row(tmp_path):

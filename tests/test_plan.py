@@ -28,7 +28,10 @@ NARROW = replace(  # every part of `small`, in rows of 2,048 tokens
 )
 
 
-@pytest.mark.parametrize("track", [NANO, NARROW], ids=["nano", "small"])
+SAMPLED = replace(NARROW, model=replace(NARROW.model, vocab_size=4096, sampled_vocab=1024))
+
+
+@pytest.mark.parametrize("track", [NANO, NARROW, SAMPLED], ids=["nano", "small", "sampled"])
 def test_a_plan_counts_what_a_step_on_the_cpu_holds(track):
     """Weights, optimizer state and gradients to the byte, activations to 10%: planned without data, counted with it.
     Catches: a part of the model that the plan does not run, such as n-grams or composed heads; buffers forgotten."""
@@ -39,6 +42,9 @@ def test_a_plan_counts_what_a_step_on_the_cpu_holds(track):
     optimizer = train_gpt.Optimizer(params, track.optimizer, runtime)
     tokens = np.random.default_rng(0).integers(0, 257, 2049)
     row = train_gpt.make_row(tokens, np.array([0, 700]), 1348, track.model)
+    if count := track.model.sampled_vocab:
+        sampled, n = train_gpt.sample_vocab(np.isin(np.arange(4096), tokens), count, 0, 0, 0)
+        row = row._replace(sampled=sampled, num_targets=n)
     with counting() as saved:
         loss, _ = model(row, track.at(track.schedule.total_steps - 1), torch.ones(1))
     for p in params.values():
@@ -95,6 +101,8 @@ def test_flops_of_a_token_by_hand():
     model = replace(NANO.model, num_layers=1, paired_layers=(), long_layers=(), num_heads=2, head_dim=8, mlp_ratio=4)
     track = replace(NANO, model=model)
     assert flops_per_token(track, track.at(0)) == 6 * (12 * 256 + 16 * 272) + 12 * 16 * 65
+    sampled = replace(track, model=replace(model, sampled_vocab=100))
+    assert flops_per_token(sampled, track.at(0)) == 6 * (12 * 256 + 16 * 100) + 12 * 16 * 65
 
 
 def test_flops_of_networks_and_composed_heads_by_hand():

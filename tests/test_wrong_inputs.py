@@ -62,6 +62,8 @@ NUMBERS = [
     ("--model.vocab-size 0", "--model.vocab-size: found 0"),
     ("--model.vocab-size 100000", "16 bits per token"),
     ("--model.vocab-multiple 999999999", "--model.vocab-multiple: found 999999999"),
+    ("--model.sampled-vocab -1", "--model.sampled-vocab: found -1, expected at least 0"),
+    ("--model.sampled-vocab 999", "--model.sampled-vocab 999: the head has 272 columns; 0 takes all"),
     ("--model.num-heads 1000000", "out of memory: the model is too large for this machine"),
     ("--model.gate-dim 0", "--model.gate-dim: found 0"),
     ("--model.gate-dim 18", "gate_dim 18: expected an even number up to the width 16"),
