@@ -862,8 +862,13 @@ def composed_attention(
     cu_seqlens: Tensor,
     scale: float,
     window: int,
+    fused: bool = False,
 ) -> Tensor:  # (T, heads, D)
     """Dynamically composed heads (arXiv:2405.08553), of rank 1: a mix of all heads' attention, on each one's values."""
+    if fused and window <= COMPOSED_WINDOW:
+        position = torch.arange(len(q), dtype=cu_seqlens.dtype, device=q.device)
+        first = torch.maximum(document_starts(position, cu_seqlens), position - window)
+        return torch.ops.speedrun.composed_attention(q, k, v, mix, first, scale, window)[0]
     queries, keys, values, mask = local_blocks(q, k, v, cu_seqlens, window)
     scores = (queries * scale @ keys).to(wide(q.dtype)).masked_fill(~mask[:, None], -math.inf)
     num_blocks, block = mask.shape[:2]
@@ -1232,6 +1237,225 @@ def _norm_rotary_backward(ctx, q_grad: Tensor, k_grad: Tensor, *_: None) -> tupl
 
 torch.library.register_autograd(
     "speedrun::norm_rotary", _norm_rotary_backward, setup_context=_norm_rotary_setup_context
+)
+
+
+# A program of the composed heads has 32 queries and the 256 keys up to its last, or 64 keys and, step by step, the
+# queries that see them. With a window of 111 a key and its value are read 143 / 32 times from the L2 cache, a query
+# 175 / 64 times; 16 queries on 128 keys would compute half as much, but read 8 times, which by count takes longer on an
+# H100. 64 queries on 256 keys do not fit the registers, and 512 keys not the shared memory.
+COMPOSED_QUERIES, COMPOSED_KEYS = 32, 64
+COMPOSED_WINDOW = 256 - COMPOSED_QUERIES  # the longest that is possible
+
+
+@jit
+def _composed_heads(
+    Q,  # (T, H, D) contiguous, as K, V, OUT and Q_GRAD
+    K,
+    V,
+    MIX,  # (T, H) contiguous, weights of the heads' attention
+    FIRST,  # (T,) int32, the first key that each query sees; it never decreases
+    LSE,  # (T, H) float32, log of the sum of exponentials
+    BAND,  # (T, TILE) the mix of all heads' attention, or backward its gradient; key s is in column s % TILE
+    OUT,  # the result, or backward its gradient
+    Q_GRAD,
+    MIX_GRAD,  # (T, H) float32
+    T,
+    scale,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    FORWARD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Some queries, the keys up to the last of them, all heads twice: the sum over heads is complete before its use.
+
+    The band is stored, so that the side of the keys, head by head, needs neither the sum again nor the values.
+    """
+    begin = tl.program_id(0) * BLOCK
+    t = begin + tl.arange(0, BLOCK)
+    keys = begin + BLOCK - TILE + tl.arange(0, TILE)
+    dims = tl.arange(0, D)[None, :]
+    first = tl.load(FIRST + t, mask=t < T, other=T)  # past the row a query sees zeros past the row: no NaN
+    seen = (keys[None, :] >= first[:, None]) & (keys[None, :] <= t[:, None])
+    near = (keys[:, None] >= tl.load(FIRST + begin)) & (keys[:, None] < T)
+    inside = t[:, None] < T
+    # Pointers to the first row, and 32-bit offsets from there: with 64-bit ones registers would spill.
+    start = begin.to(tl.int64) * (H * D)
+    Q += start
+    OUT += start
+    Q_GRAD += start
+    K += start + (BLOCK - TILE) * H * D
+    V += start + (BLOCK - TILE) * H * D
+    rows = tl.arange(0, BLOCK)[:, None] * (H * D) + dims
+    cols = tl.arange(0, TILE)[:, None] * (H * D) + dims
+    band = tl.zeros((BLOCK, TILE), tl.float32)
+    for h in range(H):
+        if FORWARD:
+            X, Y = Q, K
+        else:
+            X, Y = OUT, V
+        x = tl.load(X + rows + h * D, mask=inside, other=0.0)
+        y = tl.load(Y + cols + h * D, mask=near, other=0.0)
+        if FORWARD:
+            scores = tl.where(seen, tl.dot(x, y.T) * scale, -float("inf"))
+            largest = tl.max(scores, axis=1)
+            p = tl.exp(scores - largest[:, None])
+            sums = tl.sum(p, axis=1)
+            tl.store(LSE + t * H + h, largest + tl.log(sums), mask=t < T)
+            mix = tl.load(MIX + t * H + h, mask=t < T, other=0.0).to(tl.float32)
+            band += p * (mix / sums)[:, None]
+        else:
+            band = tl.dot(x, y.T, band)
+    low = band.to(BAND.dtype.element_ty)
+    cells = t.to(tl.int64)[:, None] * TILE + (keys[None, :] + TILE) % TILE  # of no negative remainder
+    tl.store(BAND + cells, low, mask=inside)
+    for h in range(H):
+        if FORWARD:
+            v = tl.load(V + cols + h * D, mask=near, other=0.0)
+            tl.store(OUT + rows + h * D, tl.dot(low, v).to(OUT.dtype.element_ty), mask=inside)
+        else:
+            q = tl.load(Q + rows + h * D, mask=inside, other=0.0)
+            k = tl.load(K + cols + h * D, mask=near, other=0.0)
+            lse = tl.load(LSE + t * H + h, mask=t < T, other=0.0)
+            mix = tl.load(MIX + t * H + h, mask=t < T, other=0.0).to(tl.float32)
+            p = tl.where(seen, tl.exp(tl.dot(q, k.T) * scale - lse[:, None]), 0.0)
+            g = low.to(tl.float32)
+            mean = tl.sum(p * g, axis=1)
+            tl.store(MIX_GRAD + t * H + h, mean, mask=t < T)
+            s_grad = (p * (g - mean[:, None]) * mix[:, None]).to(k.dtype)
+            tl.store(Q_GRAD + rows + h * D, (tl.dot(s_grad, k) * scale).to(Q_GRAD.dtype.element_ty), mask=inside)
+
+
+@jit
+def _composed_heads_keys(
+    Q,  # (T, H, D) contiguous, as K, OUT_GRAD, K_GRAD and V_GRAD
+    K,
+    MIX,  # (T, H) contiguous
+    FIRST,  # (T,) int32
+    LSE,  # (T, H) float32
+    BAND,  # (T, TILE), as the next and MIX_GRAD of `_composed_heads`
+    BAND_GRAD,
+    OUT_GRAD,
+    MIX_GRAD,  # (T, H) float32
+    K_GRAD,
+    V_GRAD,
+    T,
+    scale,
+    window,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    KEYS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Some keys of one head, BLOCK by BLOCK with the queries that can see any of them. Tiles are (keys, queries)."""
+    h = tl.program_id(1)
+    begin = tl.program_id(0) * KEYS
+    keys = begin + tl.arange(0, KEYS)
+    dims = tl.arange(0, D)[None, :]
+    cols = keys.to(tl.int64)[:, None] * (H * D) + h * D + dims
+    inside = keys[:, None] < T
+    k = tl.load(K + cols, mask=inside, other=0.0)
+    k_grad = tl.zeros((KEYS, D), tl.float32)
+    v_grad = tl.zeros((KEYS, D), tl.float32)
+    for step in range(tl.cdiv(window + KEYS, BLOCK)):
+        t = begin + step * BLOCK + tl.arange(0, BLOCK)
+        first = tl.load(FIRST + t, mask=t < T, other=T)
+        near = (t < T) & (first < begin + KEYS)
+        seen = (keys[:, None] >= first[None, :]) & (keys[:, None] <= t[None, :]) & (t[None, :] < T)
+        rows = t.to(tl.int64)[:, None] * (H * D) + h * D + dims
+        at = t.to(tl.int64)[None, :] * TILE + keys[:, None] % TILE  # where not seen, another key's
+        out_grad = tl.load(OUT_GRAD + rows, mask=near[:, None], other=0.0)
+        band = tl.where(seen, tl.load(BAND + at, mask=near[None, :], other=0.0), 0.0)
+        v_grad = tl.dot(band, out_grad, v_grad)
+        q = tl.load(Q + rows, mask=near[:, None], other=0.0)
+        lse = tl.load(LSE + t * H + h, mask=near, other=0.0)
+        mix = tl.load(MIX + t * H + h, mask=near, other=0.0).to(tl.float32)
+        mean = tl.load(MIX_GRAD + t * H + h, mask=near, other=0.0)
+        p = tl.where(seen, tl.exp(tl.dot(k, q.T) * scale - lse[None, :]), 0.0)
+        g = tl.load(BAND_GRAD + at, mask=near[None, :], other=0.0).to(tl.float32)
+        s_grad = (p * (g - mean[None, :]) * mix[None, :]).to(q.dtype)
+        k_grad = tl.dot(s_grad, q, k_grad)
+    tl.store(K_GRAD + cols, (k_grad * scale).to(K_GRAD.dtype.element_ty), mask=inside)
+    tl.store(V_GRAD + cols, v_grad.to(V_GRAD.dtype.element_ty), mask=inside)
+
+
+def _composed_sizes(q: Tensor, window: int) -> dict[str, int]:
+    tile = 1 << (window + COMPOSED_QUERIES - 1).bit_length()  # a power of two
+    stages = 3 if tiles(q.device) is BIG_TILES else 2  # of 72 KB, where D is 128, beside the first
+    sizes = {"H": q.size(1), "D": q.size(2), "BLOCK": COMPOSED_QUERIES, "TILE": tile}
+    return sizes | {"num_warps": 8, "num_stages": stages}
+
+
+def _composed_fake(q, k, v, mix, first, scale, window):
+    band = q.new_empty(q.size(0), _composed_sizes(q, window)["TILE"])
+    return q.new_empty(q.shape), band, mix.new_empty(mix.shape, dtype=torch.float32)
+
+
+@operator("composed_attention", fake=_composed_fake)
+def _composed_op(
+    q: Tensor,  # (T, H, D)
+    k: Tensor,  # (T, H, D)
+    v: Tensor,  # (T, H, D)
+    mix: Tensor,  # (T, H)
+    first: Tensor,  # (T,) int32, the first key that each query sees
+    scale: float,
+    window: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # (T, H, D); the band and LSE of `_composed_heads`
+    """Forward moves 4 times the bytes of q, backward 5 times for queries and 6 times for keys, a band a third. What
+    Inductor makes of the plain twin moves them about 55 times."""
+    q, k, v, mix = (x.contiguous() for x in (q, k, v, mix))
+    out, band, lse = _composed_fake(q, k, v, mix, first, scale, window)
+    sizes = _composed_sizes(q, window)
+    _composed_heads[(triton.cdiv(len(q), COMPOSED_QUERIES),)](
+        q, k, v, mix, first, lse, band, out, out, lse, len(q), scale, FORWARD=True, **sizes
+    )
+    return out, band, lse
+
+
+@operator(
+    "composed_attention_backward",
+    fake=lambda grad, q, k, v, mix, *_: tuple(x.new_empty(x.shape) for x in (q, k, v, mix)),
+)
+def _composed_backward_op(
+    grad: Tensor,  # (T, H, D)
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mix: Tensor,
+    first: Tensor,
+    band: Tensor,
+    lse: Tensor,
+    scale: float,
+    window: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad, q, k, v, mix = (x.contiguous() for x in (grad, q, k, v, mix))
+    q_grad, k_grad, v_grad = (torch.empty_like(x) for x in (q, k, v))
+    band_grad, mix_grad = torch.empty_like(band), torch.empty_like(lse)
+    T, H, sizes = q.size(0), q.size(1), _composed_sizes(q, window)
+    _composed_heads[(triton.cdiv(T, COMPOSED_QUERIES),)](
+        q, k, v, mix, first, lse, band_grad, grad, q_grad, mix_grad, T, scale, FORWARD=False, **sizes
+    )
+    operands = q, k, mix, first, lse, band, band_grad, grad, mix_grad, k_grad, v_grad
+    programs = triton.cdiv(T, COMPOSED_KEYS), H
+    _composed_heads_keys[programs](*operands, T, scale, window, KEYS=COMPOSED_KEYS, **sizes)
+    return q_grad, k_grad, v_grad, mix_grad.to(mix.dtype)
+
+
+def _composed_setup_context(ctx, inputs: tuple, output: tuple) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.scale, ctx.window = inputs[5:]
+    ctx.save_for_backward(*inputs[:5], *output[1:])
+
+
+def _composed_backward(ctx, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    operands = grad, *ctx.saved_tensors, ctx.scale, ctx.window
+    return *torch.ops.speedrun.composed_attention_backward(*operands), None, None, None
+
+
+torch.library.register_autograd(
+    "speedrun::composed_attention", _composed_backward, setup_context=_composed_setup_context
 )
 
 
@@ -2482,7 +2706,8 @@ class GPT(nn.Module):
         y = self.attention(q, k, v, cu_seqlens, max_seqlen, context.attn_scale, window).reshape(T, H, D)
         if dc_in is not None:
             mix = F.rms_norm(dc_in.to(wide(dc_in.dtype)), (H,), eps=1e-6).to(dc_in.dtype).expand(T, H)
-            composed = self.composed_attention(q, k, v, mix, cu_seqlens, context.attn_scale, self.config.dc_window - 1)
+            arguments = cu_seqlens, context.attn_scale, self.config.dc_window - 1, self.runtime.fused
+            composed = self.composed_attention(q, k, v, mix, *arguments)
             y = add_weighted(y, dc_out[..., None], composed)
         return y
 

@@ -53,7 +53,7 @@ class Decoder:
         y = torch.nn.functional.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=mask, scale=scale)
         return y[0].transpose(0, 1)
 
-    def _composed_attention(self, q, k, v, mix, cu_seqlens, scale: float, window: int) -> Tensor:
+    def _composed_attention(self, q, k, v, mix, cu_seqlens, scale: float, window: int, fused: bool) -> Tensor:
         """As `composed_attention` of train_gpt.py, likewise."""
         q, k, v, mask = self._seen(q, k, v, window)
         scores = (q @ k.mT * scale).to(wide(q.dtype)).masked_fill(~mask, -math.inf)

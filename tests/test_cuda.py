@@ -56,8 +56,9 @@ def test_attention_and_its_gradients(backend, window):
         assert float((a.detach().cpu().double() - b.detach()).norm() / b.norm()) < 1e-2
 
 
-@pytest.mark.parametrize("window", [1, 111, 5000])
-def test_composed_heads_and_their_gradients(window):
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("window", [1, 111, 224, 5000])
+def test_composed_heads_and_their_gradients(window, fused):
     """Catches: a window that is one off, another document, a head mixed with another's weight. In bfloat16."""
     T, starts = 700, [0, 1, 130, 131, 500]
     generator = torch.Generator().manual_seed(1)
@@ -72,7 +73,7 @@ def test_composed_heads_and_their_gradients(window):
     gradients = torch.autograd.grad(truth, leaves, grad)
     on_gpu = [x.to("cuda", torch.bfloat16).requires_grad_() for x in inputs]
     cu_seqlens = torch.tensor([*starts, *[T] * 9], dtype=torch.int32, device="cuda")
-    out = train_gpt.composed_attention(*on_gpu, cu_seqlens, 0.1, window)
+    out = train_gpt.composed_attention(*on_gpu, cu_seqlens, 0.1, window, fused)
     found = [out, *torch.autograd.grad(out, on_gpu, grad.to("cuda", torch.bfloat16))]
     for a, b in zip(found, [truth.detach(), *gradients], strict=True):
         assert float((a.detach().cpu().double() - b).norm() / b.norm()) < 1e-2

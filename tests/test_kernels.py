@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import cpu, run_process, tiny_track
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_model import make_row
 
@@ -162,6 +162,49 @@ def test_norm_rotary_and_key_offset(device, dtype, tolerance, G, offset, T, H, D
         (grad,) = torch.autograd.grad(found, leaf, (q_grad, k_grad))
         for a, b in zip((*found, grad), (q.detach(), k.detach(), truth), strict=True):
             assert error(a, b) < 10 * tolerance, fused
+
+
+# ---- composed heads ----
+
+
+@KINDS
+@pytest.mark.parametrize("window", [3, 17])
+@settings(max_examples=6, deadline=None)
+@given(T=st.integers(1, 140), cuts=st.lists(st.integers(1, 139), max_size=4), H=st.sampled_from([2, 3]))
+@example(T=140, cuts=[1, 40], H=3)  # three programs of keys, a document of one token, one that crosses tiles
+def test_composed_heads(device, dtype, tolerance, window, T, cuts, H):
+    """Kernel and twin against the formula in float64 on a dense mask: result and all four gradients.
+
+    Catches a window or a causal mask that is one off, another document's key, a tile at the edge that is left out, a
+    head mixed with another's weight or values, a scale left out, and a gradient without the mean of its row.
+    """
+    shapes = (*[(T, H, 16)] * 3, (T, H), (T, H, 16))
+    pairs = [rounded(random(*shape, seed=i), device, dtype) for i, shape in enumerate(shapes)]
+    (*inputs, grad), (*exact, exact_grad) = zip(*pairs, strict=True)
+    q, k, v, mix = (x.requires_grad_() for x in exact)
+    starts = sorted({0, *(c for c in cuts if c < T)})
+    document = torch.zeros(T).index_fill(0, torch.tensor(starts), 1).cumsum(0)
+    back = torch.arange(T)[:, None] - torch.arange(T)
+    mask = (document[:, None] == document) & (back >= 0) & (back <= window)
+    scores = 0.2 * torch.einsum("thd,shd->hts", q, k)
+    composed = torch.einsum("hts,th->ts", scores.masked_fill(~mask, -torch.inf).softmax(-1), mix)
+    out = torch.einsum("ts,shd->thd", composed, v)
+    truth = out.detach(), *torch.autograd.grad(out, (q, k, v, mix), exact_grad)
+    cu_seqlens = torch.tensor([*starts, T, T], dtype=torch.int32, device=device)
+    for fused in (False, True):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        out = train_gpt.composed_attention(*leaves, cu_seqlens, 0.2, window, fused)
+        found = out, *torch.autograd.grad(out, leaves, grad)
+        for a, b in zip(found, truth, strict=True):
+            # Alone in its document a token has no gradients of scores but what rounding leaves.
+            assert error(a, b) < 10 * tolerance or (a.double().cpu() - b).abs().max() < tolerance, fused
+
+
+@pytest.mark.parametrize("window, kernels", [(224, True), (225, False)])
+def test_windows_that_the_tiles_of_composed_heads_do_not_hold(window, kernels):
+    """Catches a limit one off, where the tile would have twice the keys: more than any GPU's shared memory."""
+    sizes = train_gpt._composed_sizes(torch.empty(1, 1, 16), window)
+    assert (sizes["TILE"] == 256) == kernels == (window <= train_gpt.COMPOSED_WINDOW)
 
 
 # ---- the MLP ----
@@ -646,6 +689,9 @@ def test_torch_accepts_the_operators():
     torch.library.opcheck(ops.quadratic.default, (random(2, 9, 9).float(), 4.0, 1.0, 2.0))
     qk, tables = leaf(7, 2, 2, 8), random(2, 7, 2, 8).float()
     torch.library.opcheck(ops.norm_rotary.default, (qk, *tables, True))
+    first = torch.tensor([0, 0, 0, 1, 4, 4, 4], dtype=torch.int32)
+    heads = leaf(7, 2, 16), leaf(7, 2, 16), leaf(7, 2, 16), leaf(7, 2)
+    torch.library.opcheck(ops.composed_attention.default, (*heads, first, 0.3, 2))
     for fused in (False, True):
         torch.library.opcheck(ops.relu_squared_mlp.default, (leaf(5, 8), leaf(16, 8), leaf(16, 8), *(None,) * 6, fused))
     targets, weights = some_targets(2, 20, 40), torch.tensor([1.0, 0.5])
@@ -668,6 +714,7 @@ def test_a_whole_model_on_kernels_equals_the_plain_one():
         model = GPT(config, replace(cpu(), fused=fused, max_loss_chunk=32 if fused else None), seed=1)
         with torch.no_grad():
             model.mlp_bank.add_(torch.randn(model.mlp_bank.shape, generator=torch.Generator().manual_seed(5)) * 0.1)
+            model.post.w2.fill_(0.1)  # else composed heads count 0 times
         model.set_prefixes([str(token).encode() for token in range(257)])
         params = dict(model.named_parameters())
         optimizer = train_gpt.Optimizer(params, SMALL.optimizer, replace(cpu(), fused=fused))
@@ -724,6 +771,12 @@ for capability in map(int, sys.argv[1:]):
         types = {name: types[name] for name in train_gpt._norm_rotary.arg_names if name in types}
         constants = {"H": 6, "D": 128, "G": group, "OFFSET": offset, "FORWARD": forward, "BLOCK": 16}
         compile(train_gpt._norm_rotary, capability, types, constants, 4, 3)
+    types = dict.fromkeys(("LSE", "MIX_GRAD"), "*fp32") | {"FIRST": "*i32", "scale": "fp32"} | ints("T window")
+    for more in ({"FORWARD": True}, {"FORWARD": False}, {"KEYS": train_gpt.COMPOSED_KEYS}):
+        kernel = train_gpt._composed_heads_keys if "KEYS" in more else train_gpt._composed_heads
+        constants = {"H": 6, "D": 128, "BLOCK": train_gpt.COMPOSED_QUERIES, "TILE": 256} | more
+        compile(kernel, capability, {name: types.get(name, "*bf16") for name in kernel.arg_names}, constants, 8,
+                3 if tiles is BIG_TILES else 2)
     for forward, fp8 in [(True, False), (False, False)] + [(True, True)] * (capability >= 89):
         k = 2 * tiles.k if fp8 else tiles.k
         half, low = (tiles.m, tiles.n // 2), "fp8e4nv" if fp8 else "bf16"

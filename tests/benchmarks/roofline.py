@@ -136,6 +136,7 @@ class Reader:
             moved = int(line[2]) * (2 if kind == "memcpy" else 1)
         else:
             return
+        part = "attention" if name.startswith("_composed_heads") else part
         kernel = self.kernels.setdefault((part, name), Kernel(part, name))
         kernel.launches += 1
         kernel.flops += flops
