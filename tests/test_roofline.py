@@ -117,3 +117,23 @@ def test_attention_of_a_step():
     causal = lambda n: sum(128 * 64 * (2 * i + 2) for i in range(n // 128))
     pairs = causal(512) * 6 + causal(1024) * 3
     assert roofline.attention_flops(track, settings, [row]) == {"forward": 512.0 * pairs, "backward": 1280.0 * pairs}
+
+
+def test_a_timeline_by_hand():
+    """The link is busy until 5; the second update waits for the first, its gather for the first's."""
+    some = [roofline.Parameter("a", 2, 4, 3), roofline.Parameter("b", 3, 1, 2), roofline.Parameter("c", 0, 0, 0)]
+    rows, end = roofline.timeline(some)
+    assert rows == [("a", 2, 6, 9), ("b", 5, 7, 11), ("c", 5, 7, 11)] and end == 11
+
+
+def test_what_8_gpus_send_after_the_backward_pass():
+    """At an odd, tied step: bfloat16 of all but the mirror; of n-grams only the rows that the step's tokens touch."""
+    some = {each.name: each for each in roofline.parameters(SMALL, 1, update=1.0)}
+    even = {each.name for each in roofline.parameters(SMALL, 0, update=1.0)}
+    assert even == {"qk_bank", "vo_bank", "mlp_bank"} and "embed" not in some
+    assert some["head"].sum == pytest.approx(2 * 768 * 50304 * 7 / 8 / 450e9) == some["head"].gather
+    rows = SMALL.schedule.stages[0].tokens
+    assert some["ngram_embed"].sum == pytest.approx(2 * 768 * rows * 7 / 8 / 450e9)
+    assert some["ngram_embed"].gather > 2 * some["ngram_embed"].sum
+    assert some["sa_lambda"].gather == 0 and some["sa_lambda"].sum > 0
+    assert sum(each.update for each in some.values()) == pytest.approx(1 / 8, rel=0.01)

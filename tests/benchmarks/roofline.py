@@ -8,7 +8,7 @@ launch. A kernel takes as long as its FLOPs or its bytes at the rates below, whi
 operands, each moved once. Attention counts whole tiles of the documents that the rows have. A model and no measurement:
 it knows no latencies, no bad layouts and no overlap. The first tables are of one stage, that which takes the most time
 unless --stage says another, mean of an odd and an even step, all rows of a step on one GPU. With 8 GPUs each has an
-eighth of the rows and of the optimizer, and communication, at 450 GB/s, stands beside it as if nothing overlapped.
+eighth of the rows; its sums, updates and gathers come after the backward pass, as a timeline at 450 GB/s shows.
 
 Rates are fractions of the data sheets': for an H100 800 TFLOP/s in bfloat16, 1,500 in FP8, 3.0 TB/s. Attention gets
 half the rate of bfloat16, roughly what FlashAttention-2 reaches on Hopper (--attention-rate).
@@ -33,7 +33,7 @@ import numpy as np  # noqa: E402
 import run as null  # noqa: E402
 import torch  # noqa: E402
 
-from train_gpt import GPT, Loader, ModelConfig, Runtime, Settings, SpeedrunError, Track, parse_command  # noqa: E402
+from train_gpt import GPT, Loader, ModelConfig, Optimizer, Runtime, Settings, SpeedrunError, Track, parse_command  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -198,31 +198,72 @@ def shortened(track: Track) -> list[str]:
     return [*words, "--sample-tokens", "0"]
 
 
-def mean_step(case: null.Case, track: Track, first: int, rows: dict[int, list]) -> list[Kernel]:
-    """Kernels of an even and an odd step, halved."""
-    total: dict[tuple[str, str], Kernel] = {}
-    traced = null.timed(case.trace(0))
+def two_steps(case: null.Case, track: Track, first: int, rows: dict[int, list]) -> list[list[Kernel]]:
+    """Kernels of an even and of an odd step."""
+    traced, found = null.timed(case.trace(0)), []
     for step in (first, first + 1):
         reader = Reader(track.model, attention_flops(track, track.at(step), rows[step]))
-        for key, kernel in reader.read(traced[f"step {step}"]).items():
-            mean = total.setdefault(key, Kernel(kernel.part, kernel.name, kernel.rate))
-            mean.launches += kernel.launches / 2
-            mean.flops += kernel.flops / 2
-            mean.bytes += kernel.bytes / 2
+        found.append(list(reader.read(traced[f"step {step}"]).values()))
+    return found
+
+
+def mean(steps: list[list[Kernel]]) -> list[Kernel]:
+    """Kernels of the mean step."""
+    total: dict[tuple[str, str], Kernel] = {}
+    for kernel in (kernel for step in steps for kernel in step):
+        found = total.setdefault((kernel.part, kernel.name), Kernel(kernel.part, kernel.name, kernel.rate))
+        found.launches += kernel.launches / len(steps)
+        found.flops += kernel.flops / len(steps)
+        found.bytes += kernel.bytes / len(steps)
     return list(total.values())
 
 
-def communication(track: Track, step: int) -> float:
-    """Bytes that one of 8 GPUs sends for a step: bfloat16 gradients to be summed, weights to be gathered."""
-    settings, total = track.at(step), 0
+@dataclass
+class Parameter:
+    """What one of 8 GPUs does about a parameter after the backward pass. Seconds."""
+
+    name: str
+    sum: float  # of gradients over the GPUs
+    update: float
+    gather: float  # of weights
+
+
+def parameters(track: Track, step: int, update: float) -> list[Parameter]:
+    """In the optimizer's order. `update`: seconds that the updates of the step take on one GPU."""
+    settings, found = track.at(step), []
+    runtime = Runtime(torch.device("meta"), dtype=torch.bfloat16)
     with torch.device("meta"):
-        params = dict(GPT(track.model, Runtime(torch.device("meta"))).named_parameters())
-    for name, p in params.items():
-        if settings.adam_steps or track.optimizer.rules.of(name).kind != "adam":
-            rows = settings.stage.tokens * len(track.model.ngrams)  # touched at most; only these travel
-            summed = min(p.numel(), rows * track.model.width) if name == "ngram_embed" else p.numel()
-            total += 2 * (summed + p.numel())
-    return total * 7 / 8
+        params = dict(GPT(track.model, runtime).named_parameters())
+        optimizer = Optimizer(params, track.optimizer, runtime)
+    updates = optimizer._updates(settings)
+    whole = sum(params[name].numel() for name in updates)
+    for name in updates:
+        p, sharded = params[name], optimizer.rules[name].sharded
+        size = p.numel() * p.element_size()
+        rows = settings.stage.tokens * len(track.model.ngrams)  # of n-grams touched at most; only these travel
+        summed = min(size, rows * track.model.width * p.element_size()) if name == "ngram_embed" else size
+        once = 7 / 8 / LINK  # ring or switch: each GPU sends 7/8 of it
+        took = update * p.numel() / whole / (8 if sharded else 1)
+        found.append(Parameter(name, summed * once * (1 if sharded else 2), took, size * once * sharded))
+    return found
+
+
+def timeline(some: list[Parameter]) -> tuple[list[tuple[str, float, float, float]], float]:
+    """When, in seconds after the backward pass, each sum, update and gather ends, and the last of all.
+
+    The link does one thing at a time: all sums, then each gather whose update is done; the optimizer's step enqueues
+    them in this order. Updates run beside it, one by one.
+    """
+    link = updates = 0.0
+    summed, found = [], []
+    for each in some:
+        link += each.sum
+        summed.append(link)
+    for each, ready in zip(some, summed, strict=True):
+        updates = max(updates, ready) + each.update
+        link = max(link, updates) + each.gather
+        found.append((each.name, ready, updates, link))
+    return found, max(link, updates)
 
 
 def summary(kernels: list[Kernel], gpu: GPU, rate: float, rows: int, top: int) -> Iterator[str]:
@@ -287,31 +328,42 @@ def main() -> None:
             sys.exit("\n".join(case.problems()))
         loader = Loader(short, work / "data", Runtime(torch.device("cpu")))
         rows = {step: loader.next(step) for step in range(short.schedule.total_steps)}
-        stages = [(mean_step(case, short, first, rows), steps) for first, steps in steps_of(track)]
+        stages = [(two_steps(case, short, first, rows), steps) for first, steps in steps_of(track)]
         peak = max(case.results(0)["peak"].values())
     report(track, stages, gpu, options, peak)
 
 
-def report(track: Track, stages: list[tuple[list[Kernel], int]], gpu: GPU, options, peak: int) -> None:
+def report(track: Track, stages: list[tuple[list[list[Kernel]], int]], gpu: GPU, options, peak: int) -> None:
     """Print all of it: the longest stage, then every stage for 1 and for 8 GPUs."""
     rate, num_rows = options.attention_rate, track.data.rows_per_step
     time_of = lambda kernels: sum(gpu.seconds(kernel, rate) for kernel in kernels)
-    weight = [steps * time_of(kernels) for kernels, steps in stages]
+    updates = lambda kernels: time_of(kernel for kernel in kernels if kernel.part == "optimizer")
+    weight = [steps * time_of(mean(both)) for both, steps in stages]
     chosen = options.stage - 1 if options.stage else weight.index(max(weight))
     print(f"{track.name}, stage {chosen + 1} of {len(stages)}, {num_rows} rows on one {options.gpu}: a prediction\n")
-    print("\n".join(summary(stages[chosen][0], gpu, rate, num_rows, options.top)))
+    print("\n".join(summary(mean(stages[chosen][0]), gpu, rate, num_rows, options.top)))
     print(f"peak memory, in any stage: {peak:,} MiB\n")
     total = [0.0, 0.0]
-    for i, ((kernels, steps), (_, numbers)) in enumerate(zip(stages, track.schedule.parts(), strict=True)):
-        one = time_of(kernels)
-        sent = sum(communication(track, step) for step in (numbers.start, numbers.start + 1)) / 2 / LINK
-        total = [total[0] + steps * one, total[1] + steps * (one / 8 + sent)]
+    for i, ((both, steps), (_, numbers)) in enumerate(zip(stages, track.schedule.parts(), strict=True)):
+        one, update, rest = time_of(mean(both)), updates(mean(both)), 0.0
+        for odd, kernels in enumerate(both):
+            some = parameters(track, numbers.start + (numbers.start + odd) % 2, updates(kernels))
+            rows, end = timeline(some)
+            rest += end / 2
+            if odd and i == chosen:
+                print("8 GPUs, odd step, largest parameters: ms after the backward pass when sum, update, gather end")
+                for each, (name, *ends) in zip(some, rows, strict=True):
+                    if each.sum > 1e-5:
+                        print("  {:24}{:8.2f}{:8.2f}{:8.2f}".format(name, *(1000 * x for x in ends)))
+                print()
+        eight = (one - update) / 8 + rest
+        total = [total[0] + steps * one, total[1] + steps * eight]
         print(
-            f"stage {i + 1}: {steps:,} steps, {1000 * one:.1f} ms each on 1 GPU, {1000 * one / 8:.1f} on 8 and "
-            f"{1000 * sent:.1f} of communication"
+            f"stage {i + 1}: {steps:,} steps, {1000 * one:.1f} ms each on 1 GPU, {1000 * eight:.1f} on 8, of which "
+            f"{1000 * rest:.1f} after the backward pass ({1000 * update / 8:.1f} of them updates)"
         )
-    print(f"whole run: {total[0]:.0f} s on one {options.gpu}, {total[1]:.1f} s on eight if nothing overlaps")
-    print(f"total {1000 * time_of(stages[chosen][0]):.1f} ms")
+    print(f"whole run: {total[0]:.0f} s on one {options.gpu}, {total[1]:.1f} s on eight if nothing else takes time")
+    print(f"total {1000 * time_of(mean(stages[chosen][0])):.1f} ms")
 
 
 if __name__ == "__main__":
