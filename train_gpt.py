@@ -2502,7 +2502,8 @@ class GPT(nn.Module):
     def accumulated(self, name: str) -> tuple[Tensor, ...]:
         """The matrices of a parameter, for products."""
         sums = self.gradient_sums.get(name)
-        return Accumulated.apply(*self.matrices(name), *sums) if sums else self.matrices(name)
+        training = sums is not None and torch.is_grad_enabled()
+        return Accumulated.apply(*self.matrices(name), *sums) if training else self.matrices(name)
 
     def lookup(self, name: str, tokens: Tensor) -> list[Tensor]:
         """Rows `tokens` (*) of each table of a parameter (V, d) or (tables, V, d): (*, d) of each."""
