@@ -821,11 +821,12 @@ def document_starts(position: Tensor, cu_seqlens: Tensor) -> Tensor:
 def block_local_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, window: int) -> Tensor:
     """Attention of the CPU: each block of queries sees its own block of keys and those that the window reaches.
 
-    Costs O(T * (window + block)) time and memory. Arguments as for `attention`.
+    Costs O(T * (window + block)) time and memory. Arguments as for `attention`. In batched products, in bfloat16
+    half the time that torch's scaled_dot_product_attention takes with the same mask; in float32 a sixth more.
     """
-    queries, keys, values, mask = local_blocks(q, k, v, cu_seqlens, window)
-    out = F.scaled_dot_product_attention(queries, keys.mT, values.mT, attn_mask=mask[:, None], scale=scale)
-    return out.transpose(1, 2).flatten(0, 1)[: len(q)]  # from (num_blocks, heads, block, D)
+    queries, keys, values, mask = local_blocks(q * scale, k, v, cu_seqlens, window)
+    out = MaskedAttention.apply(queries, keys, values, torch.where(mask, 0.0, -math.inf).to(q.dtype))
+    return out.flatten(1, 2)[:, : len(q)].transpose(0, 1)
 
 
 def composed_attention(
@@ -839,18 +840,17 @@ def composed_attention(
 ) -> Tensor:  # (T, heads, D)
     """Dynamically composed heads (arXiv:2405.08553), of rank 1: a mix of all heads' attention, on each one's values."""
     queries, keys, values, mask = local_blocks(q, k, v, cu_seqlens, window)
-    scores = (queries * scale @ keys).to(wide(q.dtype)).masked_fill(~mask[:, None], -math.inf)
+    scores = (queries * scale @ keys.mT).to(wide(q.dtype)).masked_fill(~mask, -math.inf)
     num_blocks, block = mask.shape[:2]
-    mix = F.pad(mix, (0, 0, 0, num_blocks * block - len(q)))
-    mix = mix.unflatten(0, (num_blocks, block)).mT  # (num_blocks, heads, block)
-    composed = (scores.softmax(-1) * mix[..., None]).sum(1, keepdim=True).to(v.dtype)
-    return (composed @ values.mT).transpose(1, 2).flatten(0, 1)[: len(q)]
+    mix = F.pad(mix.T, (0, num_blocks * block - len(q))).unflatten(1, (num_blocks, block))  # (heads, num_blocks, block)
+    composed = (scores.softmax(-1) * mix[..., None]).sum(0).to(v.dtype)
+    return (composed @ values).flatten(1, 2)[:, : len(q)].transpose(0, 1)
 
 
 def local_blocks(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Blocks of queries (num_blocks, heads, block, D), for each the keys and values (num_blocks, heads, D, keys) that
+    """Blocks of queries (heads, num_blocks, block, D), for each the keys and values (heads, num_blocks, keys, D) that
     its window reaches, and which of them each query sees (num_blocks, block, keys)."""
     T = q.size(0)
     block = min(64, T)
@@ -864,30 +864,49 @@ def local_blocks(
     key = F.pad(position, (back, 0), value=-1).unfold(0, back + block, block)[:, None]  # (num_blocks, 1, keys)
     mask = (key >= first_key) & (key <= position.view(num_blocks, block, 1))
 
-    queries = F.pad(q, (0, 0, 0, 0, 0, end)).unflatten(0, (num_blocks, block)).transpose(1, 2)
+    q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+    queries = F.pad(q, (0, 0, 0, end)).unflatten(1, (num_blocks, block))
     keys, values = (OverlappingBlocks.apply(x, block, back, end) for x in (k, v))
     return queries, keys, values, mask
 
 
+class MaskedAttention(torch.autograd.Function):
+    """softmax(q k^T + bias) v. q (*, queries, D); k, v (*, keys, D); bias (*, queries, keys) has no gradient.
+
+    Autograd's own gradient of k is a transposed one, which the backward pass of `OverlappingBlocks` adds up slowly.
+    """
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        p = (q @ k.mT).add_(bias).softmax(-1)
+        ctx.save_for_backward(q, k, v, p)
+        return p @ v
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        q, k, v, p = ctx.saved_tensors
+        scores_grad = torch.ops.aten._softmax_backward_data(grad @ v.mT, p, -1, p.dtype)
+        return scores_grad @ k, scores_grad.mT @ q, p.mT @ grad, None
+
+
 class OverlappingBlocks(torch.autograd.Function):
-    """Blocks of keys with the `back` keys before each: (T, heads, D) -> a view (num_blocks, heads, D, back + block).
+    """Blocks of keys with the `back` keys before each: (heads, T, D) -> a view (heads, num_blocks, back + block, D).
 
     The backward pass of unfold itself adds element by element, which took a seventh of a step of `nano`.
     """
 
     @staticmethod
     def forward(ctx, x: Tensor, block: int, back: int, end: int) -> Tensor:
-        ctx.block, ctx.back, ctx.size = block, back, len(x)
-        return F.pad(x, (0, 0, 0, 0, back, end)).unfold(0, back + block, block)
+        ctx.block, ctx.back, ctx.size = block, back, x.size(1)
+        return F.pad(x, (0, 0, back, end)).unfold(1, back + block, block).mT
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        grad = grad.permute(0, 3, 1, 2)  # (num_blocks, back + block, heads, D)
-        num_blocks = len(grad)
-        total = grad.new_zeros(num_blocks + ctx.back // ctx.block, ctx.block, *grad.shape[2:])
-        for i, part in enumerate(grad.split(ctx.block, dim=1)):
-            total[i : i + num_blocks] += part
-        return total.flatten(0, 1)[ctx.back : ctx.back + ctx.size], None, None, None
+        heads, num_blocks, _, D = grad.shape
+        total = grad.new_zeros(heads, num_blocks + ctx.back // ctx.block, ctx.block, D)
+        for i, part in enumerate(grad.split(ctx.block, dim=2)):
+            total[:, i : i + num_blocks] += part
+        return total.flatten(1, 2)[:, ctx.back : ctx.back + ctx.size], None, None, None
 
 
 def relu_squared_mlp(h: Tensor, fc: Tensor, proj: Tensor, fused: bool = False) -> Tensor:
