@@ -3232,6 +3232,11 @@ class RunLog:
         if self.file is not None:
             self.file.write(line)
 
+    def write_once(self, what: str, how: str) -> None:
+        """A line that the log does not have yet, which the part before a resume may have written."""
+        if self.file is not None and f"\n{what}: " not in self.path.read_text(encoding="utf-8"):
+            self.write(f"{what}: {how}")
+
     def say(self, line: str) -> None:
         """A line for the terminal, from rank 0, above the progress bar."""
         if self.file is not None:
@@ -3619,6 +3624,8 @@ class Loop:
         if not validates:
             return None
         self.log.say(self.log.step(step, self.clock.elapsed, {"tokens": self.tokens_seen}, val_loss=val_loss))
+        if track.target_loss is not None and val_loss <= track.target_loss:
+            self.log.write_once(f"target {track.target_loss} reached", f"in {self.clock.elapsed:.3f} s at step {step}")
         if not math.isfinite(val_loss):
             self.give_up(f"the validation loss is {val_loss} after {step} steps")
         return val_loss

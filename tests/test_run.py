@@ -313,6 +313,18 @@ def test_validation_comes_every_so_many_steps_and_at_the_end(whole_log, tiny_dat
     assert validated(run(few_rows(val_every=5), tmp_path, tiny_data)) == [0, 5, 10, 15, 20]
 
 
+def test_the_log_names_the_first_validation_at_the_target(whole_log, tiny_data, tmp_path):
+    """Catches: a line for each validation below the target or for one above it, the time of another step."""
+    losses = [float(line["loss"]) for line in lines_of(whole_log) if line["kind"] == "val_loss"]
+    target = round((losses[0] + losses[1]) / 2, 3)
+    assert losses[0] > target > losses[1] and "reached: " not in whole_log.split("=" * 100)[-1]
+    log = run(replace(few_rows(val_every=8), target_loss=target), tmp_path, tiny_data, seed=11)
+    (said,) = re.findall(r"^target.*", log.split("=" * 100)[-1], re.MULTILINE)
+    ms = next(int(line["ms"]) for line in lines_of(log) if line["kind"] == "val_loss" and line["step"] == "8")
+    seconds = float(re.fullmatch(rf"target {target} reached: in (\d+\.\d{{3}}) s at step 8", said)[1])
+    assert round(1000 * seconds) == ms > 0
+
+
 def test_the_logged_losses_are_those_of_the_steps(whole_log, tiny_data):
     """Catches: a mean over the wrong steps or rows; a validation before or after the update it is logged for."""
     trainer, track = Trainer(few_rows(), cpu(), tiny_data, seed=11), few_rows()
