@@ -326,8 +326,9 @@ class ModelConfig:
 class Rule:
     """How one parameter is updated and communicated."""
 
-    kind: Literal["adam", "normuon", "muon"]
-    """normuon: for banks of matrices, muon: without its second moment; adam: for everything else."""
+    kind: Literal["adam", "normuon", "muon", "adagrad"]
+    """normuon: for banks of matrices, muon: without its second moment; adagrad: for the table of n-grams, of which it
+    updates the rows that have a gradient; adam: for everything."""
     sharded: bool
     """Sharded: reduce-scatter, update of the rank's part, all-gather. Else: all-reduce, full update on every rank."""
     lr_mul: tuple[float, ...] = (1.0,)
@@ -338,6 +339,11 @@ class Rule:
     """Adam's decay rates of the running mean and mean square of the gradient."""
     eps: float = 1e-10
     """Adam's guard against division by zero."""
+
+    @property
+    def is_of_matrices(self) -> bool:
+        """These are updated at every step, all others at odd ones."""
+        return self.kind in ("normuon", "muon")
 
 
 LAMBDA = Rule("adam", sharded=False, lr_mul=(5.0,), wd_mul=0.0)
@@ -1553,6 +1559,29 @@ def adam_update(
     write_master(master.sub_(update.add_(decayed.mul_(decay))), p, state)
 
 
+def adagrad_update(
+    p: Tensor,  # (rows, d) weights; in bfloat16 the upper halves of the master
+    grad: Tensor,  # (rows, d), or a sparse tensor of touched rows
+    state: dict[str, Tensor],  # square_sum (rows, 1) and low (rows, d)
+    *,
+    lr: float,
+    rule: Rule,
+) -> None:
+    """Adagrad (Duchi et al. 2011) with one step size for each row of a table, in place; without momentum and decay.
+
+    So a row without a gradient stays as it is, and a step costs only the rows that it has touched.
+    """
+    grad = (grad if grad.is_sparse else grad.view(p.shape).to_sparse(1)).coalesce()
+    rows, grad = grad.indices()[0], grad.values().to(wide(p.dtype))
+    state["square_sum"].index_add_(0, rows, grad.square().mean(1, keepdim=True))
+    update = grad.mul_(lr / state["square_sum"][rows].sqrt_().add_(rule.eps))
+    touched, halves = p[rows], {"low": state["low"][rows]} if "low" in state else {}
+    write_master(read_master(touched, halves) - update, touched, halves)
+    p[rows] = touched
+    if halves:
+        state["low"][rows] = halves["low"]
+
+
 class Optimizer:
     """NorMuon and Adam in one object, by the track's table of rules.
 
@@ -1579,7 +1608,7 @@ class Optimizer:
         for name, p in params.items():
             self._check_rule(name, p)
             self.state[name] = self.initial_state(name, p)
-            if rules[name].kind != "adam":
+            if rules[name].is_of_matrices:
                 cycle = rules[name].lr_mul
                 lr_mul = torch.tensor([cycle[i % len(cycle)] for i in range(len(p))], dtype=wide(p.dtype))
                 self.lr_mul[name] = self.piece(name, lr_mul.view(-1, 1, 1)).to(runtime.device)
@@ -1596,6 +1625,8 @@ class Optimizer:
         """The state of this rank's piece of a parameter, zeros: first and second moment, lower halves of bfloat16."""
         shape, kind = self.piece(name, p).shape, self.rules[name].kind
         shapes = {"exp_avg": shape, "exp_avg_sq": shape} if kind == "adam" else {"momentum": shape}
+        if kind == "adagrad":
+            shapes = {"square_sum": (shape[0], 1)}
         if kind == "normuon":
             n, r, c = shape
             shapes["mean_square"] = (n, r, 1) if r >= c else (n, 1, c)
@@ -1609,11 +1640,13 @@ class Optimizer:
         rule, world = self.rules[name], self.runtime.world_size
         option = f"--optimizer.rules.{name.partition('.')[0].replace('_', '-')}"
         adam = rule.kind == "adam"
-        if not adam and not name.endswith("bank"):
+        if rule.is_of_matrices and not name.endswith("bank"):
             raise SpeedrunError(
                 f"{option}.kind {rule.kind} is for banks of matrices, and {name} {tuple(p.shape)} is none: use adam."
             )
-        if not rule.lr_mul or (adam and len(rule.lr_mul) > 1):
+        if rule.kind == "adagrad" and name != "ngram_embed":
+            raise SpeedrunError(f"{option}.kind adagrad is for the table of n-grams alone: use adam.")
+        if not rule.lr_mul or (not rule.is_of_matrices and len(rule.lr_mul) > 1):
             raise SpeedrunError(
                 f"{option}.lr-mul {rule.lr_mul}: expected one number (of a bank under NorMuon, one or more)."
             )
@@ -1637,7 +1670,7 @@ class Optimizer:
         while it is tied to the head. Parameters of Adam wait for odd steps.
         """
         if not settings.adam_steps:
-            return {name: () for name in self.order if self.rules[name].kind != "adam"}
+            return {name: () for name in self.order if self.rules[name].is_of_matrices}
         updates = {name: () for name in self.order}
         if settings.tied:
             del updates["embed"]
@@ -1677,7 +1710,7 @@ class Optimizer:
         if name in self._touched:
             self._sums[name] = self._exchange_rows(grad, self._touched.pop(name))
             return
-        piece, work = self.piece(name, grad), None
+        piece, work = grad if grad.is_sparse else self.piece(name, grad), None
         if world > 1 and self.rules[name].sharded:
             piece = torch.empty_like(piece)
             work = reduce_scatter_single(piece.view(-1), grad.view(-1), async_op=True)
@@ -1753,6 +1786,9 @@ class Optimizer:
             step_size = self._changing(lr * math.sqrt(1 - rule.betas[1] ** count) / (1 - rule.betas[0] ** count))
             decay = self._changing(lr**2 * config.adam_decay * rule.wd_mul)
             self._adam_update(piece, grad, state, step_size=step_size, decay=decay, rule=rule, config=config)
+        elif rule.kind == "adagrad":
+            lr = config.adam_lr * settings.lr * rule.lr_mul[0]
+            adagrad_update(piece, grad, state, lr=lr, rule=rule)
         else:
             lr, momentum = self._changing(config.muon_lr * settings.lr), self._changing(settings.momentum)
             lr_mul, fused = self.lr_mul[name], self.runtime.fused
@@ -1891,6 +1927,7 @@ class Streams(dict[str, Tensor]):
 class GPT(nn.Module):
     """The network, from tokens to loss. All matrices live in banks, which the optimizer shards and updates in place."""
 
+    sparse_table = ""  # the parameter whose gradient is to be a sparse tensor, where nothing is compiled
     attention = staticmethod(attention)
     composed_attention = staticmethod(composed_attention)
 
@@ -1967,7 +2004,7 @@ class GPT(nn.Module):
         tables = table.unbind() if table.dim() == 3 else (table,)
         if sums := self.table_sums.get(name):
             return [Lookup.apply(tokens, *pair) for pair in zip(tables, sums, strict=True)]
-        return [F.embedding(tokens, table) for table in tables]
+        return [F.embedding(tokens, table, sparse=name == self.sparse_table) for table in tables]
 
     @torch.no_grad()
     def hand_over_table_gradients(self) -> None:
@@ -3339,6 +3376,8 @@ class Trainer:
         self.track, self.runtime = track, runtime
         torch.manual_seed(seed)
         self.model = GPT(track.model, runtime, seed)
+        if track.optimizer.rules.ngram_embed.kind == "adagrad" and runtime.world_size == 1:
+            self.model.sparse_table = "ngram_embed"
         self.params = dict(self.model.named_parameters())
         self.optimizer = Optimizer(self.params, track.optimizer, runtime)
         self.loader = Loader(track, data_dir, runtime)
