@@ -506,6 +506,9 @@ class DataConfig:
     """The first so many tokens of the validation shards are predicted, all of them."""
     val_row_tokens: int
     """Tokens per row of the validation stream."""
+    rows_at_once: int = 1
+    """Rows of a step that a process on a CPU computes at the same time, each from end to end on a thread of its own. At
+    1 torch shares each operation among its threads, and waits for them a thousand times per step."""
     epochs: int = 1
     """How many times the training shards are read, one after the other; records read them once."""
 
@@ -1595,8 +1598,16 @@ class Optimizer:
     the update it takes over the head's weights; at the step that unties them also the head's state (`step`).
     """
 
-    def __init__(self, params: dict[str, nn.Parameter], config: OptimizerConfig, runtime: Runtime):
+    def __init__(
+        self,
+        params: dict[str, nn.Parameter],
+        config: OptimizerConfig,
+        runtime: Runtime,
+        pool: ThreadPoolExecutor | None = None,
+    ):
+        """pool: threads that update parameters at the same time."""
         self.params, self.config, self.runtime = params, config, runtime
+        self._map = pool.map if pool else map
         rules = {name: config.rules.of(name) for name in params}
         if missing := [name for name, rule in rules.items() if rule is None]:
             raise SpeedrunError(f"the parameter {missing[0]} has no rule: add a line for it to the class Rules.")
@@ -1755,12 +1766,11 @@ class Optimizer:
         for name, mirrors in updates.items():
             if name not in self._sums:
                 self._start_sum(name, mirrors)
+        pieces = {name: self.piece(name, p[name].data) for name in updates}
+        update = lambda name: self._update(name, pieces[name], self._sums.pop(name)(), settings)
         gathers = []
-        for name in updates:
-            grad = self._sums.pop(name)()
-            piece = self.piece(name, p[name].data)
-            self._update(name, piece, grad, settings)
-            p[name].grad = None
+        for name, _ in zip(updates, self._map(update, updates), strict=True):
+            piece, p[name].grad = pieces[name], None
             if self.rules[name].sharded and self.runtime.world_size > 1:
                 gathers.append(all_gather_single(p[name].data.view(-1), piece.flatten().clone(), async_op=True))
         for work in gathers:
@@ -1777,6 +1787,7 @@ class Optimizer:
         for p in self.params.values():
             p.grad = None
 
+    @torch.no_grad()  # which holds for one thread
     def _update(self, name: str, piece: Tensor, grad: Tensor, settings: Settings) -> None:
         """Update this rank's piece of a parameter by its rule."""
         rule, config, state = self.rules[name], self.config, self.state[name]
@@ -3372,6 +3383,8 @@ def flatten(value: object, prefix: str = "") -> dict[str, object]:
 class Trainer:
     """The state of a run (weights, optimizer state, loader position, RNG; the loop has the clock) and its two moves."""
 
+    pool: ThreadPoolExecutor | None = None  # where rows are computed at the same time
+
     def __init__(self, track: Track, runtime: Runtime, data_dir: Path, seed: int):
         self.track, self.runtime = track, runtime
         torch.manual_seed(seed)
@@ -3379,7 +3392,11 @@ class Trainer:
         if track.optimizer.rules.ngram_embed.kind == "adagrad" and runtime.world_size == 1:
             self.model.sparse_table = "ngram_embed"
         self.params = dict(self.model.named_parameters())
-        self.optimizer = Optimizer(self.params, track.optimizer, runtime)
+        if track.data.rows_at_once > 1 and runtime.device.type == "cpu" and runtime.world_size == 1:
+            torch.set_num_threads(1)
+            no_denormals = functools.partial(torch.set_flush_denormal, True)
+            self.pool = ThreadPoolExecutor(track.data.rows_at_once, "rows", no_denormals)
+        self.optimizer = Optimizer(self.params, track.optimizer, runtime, self.pool)
         self.loader = Loader(track, data_dir, runtime)
         self.validation_tokens, self.other_data = validation_tokens(track, data_dir)
         self.token_bytes: list[bytes] | None = None
@@ -3403,7 +3420,16 @@ class Trainer:
         prefix_weight = self._weights((settings.prefix_weight,)) if settings.prefix_weight > 0 else None
         total = torch.zeros((), dtype=weights.dtype, device=self.runtime.device)
         rows, head8 = self.loader.next(step), self.model.fp8_head()
-        for row in rows:
+
+        def gradients(row: Row) -> tuple[Tensor, tuple[Tensor, ...]]:
+            loss, nll = self.model(row, settings, weights, prefix_weight, head8)
+            return nll, torch.autograd.grad(loss / num_rows, self.params.values())
+
+        for nll, grads in self.pool.map(gradients, rows) if self.pool else ():
+            total += nll / settings.stage.tokens
+            for p, grad in zip(self.params.values(), grads, strict=True):  # in the order of the rows
+                p.grad = grad if p.grad is None else p.grad + grad
+        for row in rows if not self.pool else ():
             loss, nll = self.model(row, settings, weights, prefix_weight, head8)
             if row is rows[-1]:  # before its backward pass, whose hooks start the sums over the ranks
                 late = self.model.table_sums
@@ -3449,14 +3475,14 @@ class Trainer:
         total = torch.zeros((), dtype=torch.float64, device=self.runtime.device)
         weights = self._weights((1.0,))
         rows, hidden = validation_rows(self.track, self.validation_tokens, self.runtime), self.runtime.rank > 0 or None
+        loss = torch.no_grad()(lambda row: self.model(row, settings, weights)[1])  # which holds for one thread
+        losses = (self.pool.map if self.pool else map)(loss, itertools.islice(rows, max_rows))
         each = -(-self.track.data.val_tokens // self.track.data.val_row_tokens) / self.runtime.world_size
-        bar = tqdm(rows, "validation", math.ceil(each), unit="row", delay=5, leave=False, disable=hidden)
-        for i, row in enumerate(bar):
-            if i == max_rows:
-                break
+        bar = tqdm(losses, "validation", math.ceil(each), unit="row", delay=5, leave=False, disable=hidden)
+        for i, nll in enumerate(bar):
             if interrupt and i < math.floor(each) and interrupt.ask():
                 return math.nan
-            total += self.model(row, settings, weights)[1]
+            total += nll
         return self.runtime.sum(total).item() / self.track.data.val_tokens
 
     def _weights(self, values: tuple[float, ...]) -> Tensor:
@@ -3915,7 +3941,7 @@ RANGES = (
         math.inf,
         "at least 1",
     ),
-    ("rows_per_step val_tokens val_row_tokens epochs", 1, math.inf, "at least 1"),
+    ("rows_per_step rows_at_once val_tokens val_row_tokens epochs", 1, math.inf, "at least 1"),
     ("scheduled_steps tokens max_doc_len loss_chunk keep_checkpoints", 1, math.inf, "at least 1"),
     ("windows final_long_window", 1, 1 << 31, "from 1 to 2,147,483,647"),
     ("vocab_size vocab_multiple", 1, (1 << 16) + 1, "from 1 to 65,536: shards hold 16 bits per token"),

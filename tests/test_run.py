@@ -18,7 +18,7 @@ import tqdm.std
 from conftest import BOS, REPO, cpu, documents, run_process, tiny_options, tiny_track, write_shard, write_token_bytes
 
 import train_gpt
-from train_gpt import Options, Row, Trainer, make_row, train
+from train_gpt import Options, Row, Rule, Trainer, make_row, train
 
 LINE = re.compile(
     r"step:(?P<step>\d+)/(?P<total>\d+) ((?P<kind>val_loss|train_loss):(?P<loss>\d+\.\d{4}) )?"
@@ -69,6 +69,23 @@ def lines_of(log: str) -> list[re.Match]:
 # ----------------------------------------------------------------------------------------------------------------------
 # Warm-up and reproducibility
 # ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["adam", "adagrad"])
+def test_rows_computed_at_once_train_as_one_after_the_other(tiny_data, kind):
+    """Catches: a gradient that is lost or added twice, updates of one thread that another overwrites. Bit for bit:
+    whichever row comes first, the sums have the order of the rows."""
+    found = []
+    for at_once in (1, 2):
+        track = tiny_track(rows_per_step=4)
+        rules = replace(track.optimizer.rules, ngram_embed=Rule(kind, sharded=True, lr_mul=(5.0,)))
+        optimizer, data = replace(track.optimizer, rules=rules), replace(track.data, rows_at_once=at_once)
+        trainer = Trainer(replace(track, optimizer=optimizer, data=data), cpu(torch.bfloat16), tiny_data, seed=3)
+        assert (trainer.pool is not None) == (at_once == 2)
+        losses = steps(trainer, 0, 16)
+        found.append((losses, trainer.validate(track.validation_at(16)), trainer.state()))
+    assert found[0][:2] == found[1][:2]
+    assert_same(found[0][2], found[1][2])
 
 
 @pytest.mark.parametrize(("dtype", "stop"), [(torch.float32, 20), (torch.bfloat16, 20), (torch.float32, 7)])
