@@ -717,25 +717,25 @@ XL = Track(
     optimizer=OptimizerConfig(adam_lr=0.004, muon_lr=0.015),
 )
 
-# Bytes say little by themselves: n-grams have embeddings, and two layers are then enough. Queries that start equal to
-# keys find earlier places with the same n-grams from the first step on.
+# Bytes say little by themselves: n-grams have embeddings, and one layer is then enough. Queries that start equal to
+# keys find earlier places with the same n-grams from the first step on. Small batches: a step costs little, of the
+# table only the rows that it touches.
 NANO = Track(
     name="nano",
     target_loss=1.36,
     val_every=0,
     model=ModelConfig(
         vocab_size=257,
-        num_layers=2,
+        num_layers=1,
         num_heads=2,
         head_dim=64,
-        paired_layers=(0,),
-        long_layers=(1,),
-        value_layers=(0, 1),
+        long_layers=(0,),
+        value_layers=(0,),
         value_std=0.0,
         gate_networks=False,
         smear=False,
-        ngrams=(2, 3, 4, 5, 6),
-        ngram_rows=32_768,
+        ngrams=(1, 2, 3, 4, 5, 6),
+        ngram_rows=65_536,
         ngram_norm=True,
         ngram_std=0.005,
         ngram_weight=0.5,
@@ -747,26 +747,33 @@ NANO = Track(
         dataset="nano",
         fetch="python data/nano.py",
         bos=256,
-        rows_per_step=1,
+        rows_per_step=2,
+        rows_at_once=2,
         val_tokens=524_288,
         val_row_tokens=16_384,
     ),
     schedule=Schedule(
-        scheduled_steps=104,
-        extension_steps=10,
+        scheduled_steps=146,
+        extension_steps=4,
         stages=(
-            Stage(2048, (64, 192), 1.0, ((1.0, 1.0),)),
-            Stage(2048, (64, 256), 1.0, ((1.0, 1.0),)),
-            Stage(2048, (64, 320), 1.0, ((1.0, 1.0),)),
+            Stage(768, (64, 192), 1.0, ((1.0, 1.0),)),
+            Stage(1024, (64, 256), 1.0, ((1.0, 1.0),)),
+            Stage(1536, (64, 320), 1.0, ((1.0, 1.0),)),
         ),
         extension=Stage(2048, (64, 384), 0.1, ((1.0, 1.0),)),
         final_long_window=512,
         attn_scale=0.2,  # heads half as wide as those of `small`
         cooldown=0.5,
         final_lr=0.1,
-        momentum_steps=(50, 20),
+        momentum_steps=(60, 30),
     ),
-    optimizer=OptimizerConfig(adam_lr=0.03, muon_beta2=0.95, rules=Rules(ngram_embed=replace(TABLE, lr_mul=(20.0,)))),
+    optimizer=OptimizerConfig(
+        adam_lr=0.025,
+        muon_lr=0.028,
+        muon_beta2=0.95,
+        polar_express_rounds=3,
+        rules=Rules(mlp_bank=Rule("normuon", sharded=True), ngram_embed=Rule("adagrad", sharded=True, lr_mul=(7.0,))),
+    ),
 )
 
 TRACKS = {track.name: track for track in (NANO, SMALL, MEDIUM, XL)}
@@ -3392,7 +3399,11 @@ class Trainer:
         if track.optimizer.rules.ngram_embed.kind == "adagrad" and runtime.world_size == 1:
             self.model.sparse_table = "ngram_embed"
         self.params = dict(self.model.named_parameters())
-        if track.data.rows_at_once > 1 and runtime.device.type == "cpu" and runtime.world_size == 1:
+        if track.data.rows_at_once > 1 and (runtime.device.type, runtime.world_size, runtime.compile) == (
+            "cpu",
+            1,
+            False,
+        ):
             torch.set_num_threads(1)
             no_denormals = functools.partial(torch.set_flush_denormal, True)
             self.pool = ThreadPoolExecutor(track.data.rows_at_once, "rows", no_denormals)
@@ -3475,14 +3486,14 @@ class Trainer:
         total = torch.zeros((), dtype=torch.float64, device=self.runtime.device)
         weights = self._weights((1.0,))
         rows, hidden = validation_rows(self.track, self.validation_tokens, self.runtime), self.runtime.rank > 0 or None
-        loss = torch.no_grad()(lambda row: self.model(row, settings, weights)[1])  # which holds for one thread
-        losses = (self.pool.map if self.pool else map)(loss, itertools.islice(rows, max_rows))
         each = -(-self.track.data.val_tokens // self.track.data.val_row_tokens) / self.runtime.world_size
-        bar = tqdm(losses, "validation", math.ceil(each), unit="row", delay=5, leave=False, disable=hidden)
-        for i, nll in enumerate(bar):
+        bar = tqdm(rows, "validation", math.ceil(each), unit="row", delay=5, leave=False, disable=hidden)
+        for i, row in enumerate(bar):
+            if i == max_rows:
+                break
             if interrupt and i < math.floor(each) and interrupt.ask():
                 return math.nan
-            total += nll
+            total += self.model(row, settings, weights)[1]
         return self.runtime.sum(total).item() / self.track.data.val_tokens
 
     def _weights(self, values: tuple[float, ...]) -> Tensor:

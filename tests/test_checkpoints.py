@@ -211,7 +211,7 @@ def test_a_run_killed_in_its_last_validation_goes_on_there(tiny_data, undisturbe
     ("change", "said"),
     [
         (["--seed", "1"], "seed was 0, is 1"),
-        (["--optimizer.muon-lr", "0.5"], "optimizer.muon_lr was 0.023, is 0.5"),
+        (["--optimizer.muon-lr", "0.5"], "optimizer.muon_lr was 0.028, is 0.5"),
         (["--schedule.stages.2.max-doc-len", "9"], "schedule.stages.2.max_doc_len was"),
     ],
 )
