@@ -3399,11 +3399,8 @@ class Trainer:
         if track.optimizer.rules.ngram_embed.kind == "adagrad" and runtime.world_size == 1:
             self.model.sparse_table = "ngram_embed"
         self.params = dict(self.model.named_parameters())
-        if track.data.rows_at_once > 1 and (runtime.device.type, runtime.world_size, runtime.compile) == (
-            "cpu",
-            1,
-            False,
-        ):
+        in_turn = runtime.device.type != "cpu" or runtime.world_size > 1 or runtime.compile
+        if track.data.rows_at_once > 1 and not in_turn:
             torch.set_num_threads(1)
             no_denormals = functools.partial(torch.set_flush_denormal, True)
             self.pool = ThreadPoolExecutor(track.data.rows_at_once, "rows", no_denormals)
