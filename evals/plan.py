@@ -96,7 +96,7 @@ def meta_model(track: Track, runtime: Runtime) -> GPT:
 
 def activation_memory(track: Track, runtime: Runtime, tokens: int) -> int:
     """Bytes that the forward pass of a row of `tokens` keeps, from two lengths: they grow linearly."""
-    settings = track.at(track.schedule.scheduled_steps - 1)
+    settings = track.at(track.schedule.total_steps - 1)
     kind = runtime.device.type == "cuda", runtime.dtype, runtime.fused, runtime.fp8
     short, long = (saved_for_backward(track.model, settings, n, *kind) for n in (4096, 8192))
     return short + (long - short) * (tokens - 4096) // 4096
@@ -240,7 +240,7 @@ def options_that_fit(track: Track, options: Options, world_size: int, gigabytes:
         rows = track.data.rows_per_step * factor
         some = replace(track, data=replace(track.data, rows_per_step=rows))
         stages = (*track.schedule.stages, track.schedule.extension)
-        if any(stage.tokens % rows or stage.tokens // rows < 1024 for stage in stages):
+        if factor > 1 and any(stage.tokens % rows or stage.tokens // rows < 1024 for stage in stages):
             break
         for chunk in (options.loss_chunk, 4096):
             runtime = gpu_runtime(replace(options, loss_chunk=chunk), world_size, gigabytes)

@@ -108,16 +108,16 @@ XL = Layout(
     mix_out=("first", "out36", "last", "value5", "out15"),
 )
 NANO = Layout(
-    num_layers=2,
+    num_layers=1,
     num_heads=2,
     head_dim=64,
     no_attention=(),
-    paired=(0,),
-    long=(1,),
-    value_tables=(0, 1),
+    paired=(),
+    long=(0,),
+    value_tables=(0,),
     gate_networks=False,
     smear=False,
-    ngrams=(2, 3, 4, 5, 6),
+    ngrams=(1, 2, 3, 4, 5, 6),
     normed_ngrams=True,
 )
 

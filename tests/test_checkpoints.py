@@ -117,6 +117,17 @@ def test_a_resumed_run_ends_bit_for_bit_as_the_undisturbed_one(tiny_data, undist
     assert metrics(tmp_path) == metrics(undisturbed)
 
 
+def test_a_resumed_run_says_once_that_the_target_is_reached(tiny_data, tmp_path):
+    """Before and after a checkpoint. Catches: the line of the later part, as if the target had been met only there."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    run(tiny_data, whole, "--keep-checkpoints", "99", "--target-loss", "99")
+    until_step(cut, whole, 10)
+    run(tiny_data, cut, "--target-loss", "99")
+    log = next((cut / "logs").glob("*.txt")).read_text()
+    assert re.findall(r"^target 99.0 reached: .* (at step .*)$", log, re.M) == ["at step 0"]
+    assert "resumed at step 10" in log
+
+
 def test_both_halves_of_bfloat16_weights_are_kept(tiny_data, tmp_path):
     """Catches: a checkpoint without the low halves of the float32 masters."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
@@ -200,7 +211,7 @@ def test_a_run_killed_in_its_last_validation_goes_on_there(tiny_data, undisturbe
     ("change", "said"),
     [
         (["--seed", "1"], "seed was 0, is 1"),
-        (["--optimizer.muon-lr", "0.5"], "optimizer.muon_lr was 0.023, is 0.5"),
+        (["--optimizer.muon-lr", "0.5"], "optimizer.muon_lr was 0.028, is 0.5"),
         (["--schedule.stages.2.max-doc-len", "9"], "schedule.stages.2.max_doc_len was"),
     ],
 )

@@ -131,7 +131,7 @@ def test_the_pieces_of_all_ranks_add_up_to_the_state_of_one_process(driven, worl
                 sharded += 1
             check_padded(joined, whole, f"{name}.{key}")
     tables = {"head", "embed", "value_embeds", "ngram_embed", "untied_head", "untied_embed"}
-    assert sharded >= 2 * len({*BANKS, *tables})
+    assert sharded >= 2 * len({*BANKS, *tables}) - 1, "two of each, of the table under Adagrad one"
     for name, whole in alone["weights"].items():
         check_padded(ranks[0]["weights"][name], whole, name)
 

@@ -551,7 +551,7 @@ def test_tables_of_nano_start_as_it_says():
     """Catches: tables and weights that start as those of `small` do."""
     model = GPT(NANO.model, cpu())
     assert not model.value_embeds.any() and model.ngram_embed.std().item() == pytest.approx(0.005, rel=1e-2)
-    for (role, _), output in zip(reference.gate_outputs(reference.NANO, 0, 2), model.gates.bias, strict=True):
+    for (role, _), output in zip(reference.gate_outputs(reference.NANO, 0, 1), model.gates.bias, strict=True):
         assert output == {"x0": 0.0, "ngram": 0.5}[role[0]]
 
 
@@ -586,9 +586,14 @@ def test_banks_are_padded_with_zero_matrices_that_change_nothing(world_size):
 
 def test_impossible_layouts_are_refused():
     """Catches: a layout that fails only in the middle of a run, or without saying which number is wrong."""
-    even = {"num_heads": 3, "qk_heads": 1, "mix_in": ("last",)}
-    wrong = [{"head_dim": 30}, {"num_heads": 3, "qk_heads": 1}, {"skips": ((3, 1),)}, {"num_layers": 0}]
-    wrong += [{"qk_heads": 4}, even, {"dc_layers": (0,)}, {"mix_in": ("out",)}, {"mix_out": (("embed", 0.1),)}]
+    even, paired = {"num_heads": 3, "qk_heads": 1, "mix_in": ("last",)}, {"dc_layers": (0,), "paired_layers": (0,)}
+    wrong = [
+        {"head_dim": 30},
+        {"num_heads": 3, "qk_heads": 1, "paired_layers": (0,)},
+        {"skips": ((3, 1),)},
+        {"num_layers": 0},
+    ]
+    wrong += [{"qk_heads": 4}, even, paired, {"mix_in": ("out",)}, {"mix_out": (("embed", 0.1),)}]
     for change in wrong:
         with pytest.raises(train_gpt.SpeedrunError, match="model"):
             GPT(replace(NANO.model, **change), cpu())

@@ -184,6 +184,7 @@ class FreeRules(Rules):
 
 
 FREE = OptimizerConfig(rules=FreeRules())
+ADAGRAD = OptimizerConfig(rules=Rules(ngram_embed=Rule("adagrad", sharded=True, lr_mul=(3.0,))))
 
 
 def optimizer_of(dtype: torch.dtype, config: OptimizerConfig = FREE, **arrays: np.ndarray):
@@ -258,6 +259,35 @@ def test_adam_matches_the_plain_formula_and_sums_two_gradients():
         np.testing.assert_allclose(params["numbers"].detach().numpy(), plain.p, rtol=1e-11, atol=1e-13)
         assert params["numbers"].grad is None
     assert (params["numbers"].detach().numpy()[:, 0] == start[:, 0]).all()
+
+
+@pytest.mark.parametrize("layout", [torch.strided, torch.sparse_coo])
+def test_adagrad_matches_the_plain_formula_and_touches_no_other_row(layout):
+    """Catches: a step size per number, a step on even steps, rows named twice of which one gradient counts, a row
+    without a gradient that decays or moves on."""
+    rng = np.random.default_rng(3)
+    start = rng.standard_normal((9, 4))
+    optimizer, params = optimizer_of(torch.float64, ADAGRAD, ngram_embed=start)
+    table, plain, squares, total = params["ngram_embed"], start.copy(), np.zeros(9), np.zeros_like(start)
+    for step in range(10):
+        rows = rng.integers(0, 8, 5)  # some of them twice; the last one never
+        values = rng.standard_normal((5, 4)) * 10.0 ** rng.integers(-4, 3)
+        np.add.at(total, rows, values)
+        indices, values = torch.from_numpy(rows)[None], torch.from_numpy(values)
+        sparse = torch.sparse_coo_tensor(indices, values, (9, 4), check_invariants=True)
+        grad = sparse if layout == torch.sparse_coo else sparse.to_dense()
+        table.grad = grad if table.grad is None else table.grad + grad
+        before = table.detach().numpy().copy()
+        optimizer.step(settings_of(step, lr=1 + 0.2 * step))
+        untouched = np.ones(9, bool) if step % 2 == 0 else ~total.any(1)
+        assert (table.detach().numpy()[untouched] == before[untouched]).all() and untouched[8]
+        if step % 2:
+            squares += (total**2).mean(1)
+            lr = 0.008 * 3 * (1 + 0.2 * step)
+            plain -= lr * total / (np.sqrt(squares)[:, None] + 1e-10)
+            total[:] = 0
+        np.testing.assert_allclose(table.detach().numpy(), plain, rtol=1e-11, atol=1e-13)
+    assert optimizer.state["ngram_embed"].keys() == {"square_sum"} and table.grad is None
 
 
 def test_without_caution_adam_is_adamw():
@@ -447,7 +477,7 @@ ADAM = {
     **dict.fromkeys(("head", "embed"), ((0.5, 0.95), 1.0, 150.0)),
 }
 LR_MUL_OF_BANKS = {"qk_bank": (1.0,), "vo_bank": (1.0,), "mlp_bank": (1.0, 2.0)}
-OWN = {"nano": {"gates": ((0.65, 0.95), 5.0, 0.0), "ngram_embed": ((0.75, 0.95), 20.0, 5.0)}}
+OWN = {"nano": {"gates": ((0.65, 0.95), 5.0, 0.0), "ngram_embed": ((0.9, 0.99), 7.0, 1.0)}}
 
 
 @pytest.mark.parametrize("name", TRACKS)
@@ -457,14 +487,16 @@ def test_every_parameter_of_every_track_has_the_rule_of_the_table(name):
     optimizer = Optimizer(dict(GPT(CONFIGS[name], cpu()).named_parameters()), config, cpu())
     for parameter, rule in optimizer.rules.items():
         if parameter in LR_MUL_OF_BANKS:
-            assert (rule.kind, rule.lr_mul, rule.wd_mul) == ("normuon", LR_MUL_OF_BANKS[parameter], 1.0), parameter
+            lr_mul = (1.0,) if name == "nano" else LR_MUL_OF_BANKS[parameter]
+            assert (rule.kind, rule.lr_mul, rule.wd_mul) == ("normuon", lr_mul, 1.0), parameter
             continue
         network, _, part = parameter.partition(".")
         betas, lr_mul, wd_mul = (ADAM | OWN.get(name, {}))[network]
         wd_mul = 0.0 if part == "bias" else wd_mul
         found = (rule.kind, rule.betas, rule.lr_mul, rule.wd_mul, rule.eps)
-        assert found == ("adam", betas, (lr_mul,), wd_mul, 1e-10), parameter
-    lr = {"small": (0.008, 0.023), "nano": (0.03, 0.023)}.get(name, (0.004, 0.015))
+        kind = "adagrad" if (name, parameter) == ("nano", "ngram_embed") else "adam"
+        assert found == (kind, betas, (lr_mul,), wd_mul, 1e-10), parameter
+    lr = {"small": (0.008, 0.023), "nano": (0.025, 0.028)}.get(name, (0.004, 0.015))
     assert (config.adam_lr, config.muon_lr, config.adam_decay, config.muon_decay) == (*lr, 0.005, 1.2)
     assert config.muon_beta2 == (0.95 if name == "nano" else 0.9)
 
@@ -510,15 +542,16 @@ def test_high_and_low_half_are_the_float32_bit_for_bit(bits):
     assert (join_halves(high, low).numpy().view(np.uint32) == bits).all()
 
 
-def check_bit_for_bit(kind: str, shape: tuple[int, ...], steps: int) -> None:
+def check_bit_for_bit(kind: str, shape: tuple[int, ...], steps: int, config: OptimizerConfig = FREE) -> None:
     """The same run on bfloat16 with low halves and on a float32 parameter."""
     rng = np.random.default_rng(6)
     start = torch.from_numpy(rng.standard_normal(shape)).bfloat16()
     halves = nn.Parameter(start.clone())
     whole = nn.Parameter(start.float())
-    by_halves, by_whole = (Optimizer({kind: p}, FREE, cpu(p.dtype)) for p in (halves, whole))
+    by_halves, by_whole = (Optimizer({kind: p}, config, cpu(p.dtype)) for p in (halves, whole))
     for step in range(1, 2 * steps, 2):  # odd: Adam would add the gradients of two steps up in bfloat16
         grad = torch.from_numpy(rng.standard_normal(shape) * 10.0 ** rng.integers(-4, 2)).bfloat16()
+        grad[step % 3] = 0  # the row of a table that is not touched
         halves.grad, whole.grad = grad.clone(), grad.float()
         settings = settings_of(step, lr=0.01 + 0.1 * step)
         by_halves.step(settings)
@@ -534,6 +567,11 @@ def check_bit_for_bit(kind: str, shape: tuple[int, ...], steps: int) -> None:
 def test_adam_on_two_halves_equals_adam_on_float32_bit_for_bit():
     """Catches: any step of the update that goes through bfloat16."""
     check_bit_for_bit("numbers", (9, 7), steps=20)
+
+
+def test_adagrad_on_two_halves_equals_adagrad_on_float32_bit_for_bit():
+    """Catches: low halves that are not those of the touched rows."""
+    check_bit_for_bit("ngram_embed", (9, 7), steps=20, config=ADAGRAD)
 
 
 def test_normuon_on_two_halves_equals_normuon_on_float32_bit_for_bit(monkeypatch):

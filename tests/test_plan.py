@@ -40,7 +40,8 @@ def test_a_plan_counts_what_a_step_on_the_cpu_holds(track):
     model = GPT(track.model, runtime)
     params = dict(model.named_parameters())
     optimizer = train_gpt.Optimizer(params, track.optimizer, runtime)
-    tokens = np.random.default_rng(0).integers(0, 257, 2049)
+    length = track.schedule.extension.tokens // track.data.rows_per_step
+    tokens = np.random.default_rng(0).integers(0, 257, length + 1)
     row = train_gpt.make_row(tokens, np.array([0, 700]), 1348, track.model)
     if count := track.model.sampled_vocab:
         sampled, n = train_gpt.sample_vocab(np.isin(np.arange(4096), tokens), count, 0, 0, 0)
@@ -108,7 +109,8 @@ def test_flops_of_a_token_by_hand():
 def test_flops_of_networks_and_composed_heads_by_hand():
     """Eight gates of a network of width 3, and heads that see 5 tokens once more. Catches: these forgotten, a table of
     n-grams that counts as a matrix, tokens beyond the layers composed as well."""
-    model = replace(NANO.model, head_dim=8, mlp_ratio=4, gate_networks=True, network_width=3)
+    model = replace(NANO.model, num_layers=2, long_layers=(1,), head_dim=8, mlp_ratio=4)
+    model = replace(model, value_layers=(0, 1), gate_networks=True, network_width=3)
     track = replace(NANO, model=replace(model, dc_layers=(1, 2), dc_window=5))
     weights = 2 * 12 * 256 + 16 * 272 + 3 * 16 + 8 * 3
     assert flops_per_token(track, track.at(0)) == 6 * weights + 12 * 16 * (65 + 193 + 5)
@@ -117,7 +119,7 @@ def test_flops_of_networks_and_composed_heads_by_hand():
 def test_parameter_counts():
     """As README states them: all, in matrices, in embeddings and head."""
     expected = {
-        "nano": (4_595_776, 262_144, 4_333_568),
+        "nano": (8_624_160, 131_072, 8_493_056),
         "small": (635_885_377, 75_699_584, 560_185_344),
         "medium": (764_026_977, 197_402_112, 566_624_256),
         "xl": (2_313_108_837, 1_463_171_328, 849_936_384),
@@ -135,7 +137,7 @@ def test_the_command_takes_options_of_the_track_and_of_its_sibling(capsys):
         ["nano", "--width", "0.5", "--model.num-layers", "3", "--dtype", "float32", "--tokens-per-second", "24576"]
     )
     out = capsys.readouterr().out
-    assert "W = 1: 0:00:10 at 24,576 tokens/s" in out and "233,472 tokens" in out
+    assert "W = 1: 0:00:07 at 24,576 tokens/s" in out and "170,240 tokens" in out
     assert f"{4 * 3 * 64**2 + 2 * 3 * 64 * 64 * NANO.model.mlp_ratio:,} of them in matrices" in out
     with pytest.raises(SpeedrunError, match="vocab-multiple: found 0"):
         print_plan(["nano", "--model.vocab-multiple", "0"])

@@ -18,7 +18,7 @@ import tqdm.std
 from conftest import BOS, REPO, cpu, documents, run_process, tiny_options, tiny_track, write_shard, write_token_bytes
 
 import train_gpt
-from train_gpt import Options, Row, Trainer, make_row, train
+from train_gpt import Options, Row, Rule, Trainer, make_row, train
 
 LINE = re.compile(
     r"step:(?P<step>\d+)/(?P<total>\d+) ((?P<kind>val_loss|train_loss):(?P<loss>\d+\.\d{4}) )?"
@@ -69,6 +69,23 @@ def lines_of(log: str) -> list[re.Match]:
 # ----------------------------------------------------------------------------------------------------------------------
 # Warm-up and reproducibility
 # ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["adam", "adagrad"])
+def test_rows_computed_at_once_train_as_one_after_the_other(tiny_data, kind):
+    """Catches: a gradient that is lost or added twice, updates of one thread that another overwrites. Bit for bit:
+    whichever row comes first, the sums have the order of the rows."""
+    found = []
+    for at_once in (1, 2):
+        track = tiny_track(rows_per_step=4)
+        rules = replace(track.optimizer.rules, ngram_embed=Rule(kind, sharded=True, lr_mul=(5.0,)))
+        optimizer, data = replace(track.optimizer, rules=rules), replace(track.data, rows_at_once=at_once)
+        trainer = Trainer(replace(track, optimizer=optimizer, data=data), cpu(torch.bfloat16), tiny_data, seed=3)
+        assert (trainer.pool is not None) == (at_once == 2)
+        losses = steps(trainer, 0, 16)
+        found.append((losses, trainer.validate(track.validation_at(16)), trainer.state()))
+    assert found[0][:2] == found[1][:2]
+    assert_same(found[0][2], found[1][2])
 
 
 @pytest.mark.parametrize(("dtype", "stop"), [(torch.float32, 20), (torch.bfloat16, 20), (torch.float32, 7)])
@@ -311,6 +328,18 @@ def test_validation_comes_every_so_many_steps_and_at_the_end(whole_log, tiny_dat
     assert validated(whole_log) == [0, 8, 16, 20]
     assert validated(run(few_rows(val_every=0), tmp_path, tiny_data)) == [20]
     assert validated(run(few_rows(val_every=5), tmp_path, tiny_data)) == [0, 5, 10, 15, 20]
+
+
+def test_the_log_names_the_first_validation_at_the_target(whole_log, tiny_data, tmp_path):
+    """Catches: a line for each validation below the target or for one above it, the time of another step."""
+    losses = [float(line["loss"]) for line in lines_of(whole_log) if line["kind"] == "val_loss"]
+    target = round((losses[0] + losses[1]) / 2, 3)
+    assert losses[0] > target > losses[1] and "reached: " not in whole_log.split("=" * 100)[-1]
+    log = run(replace(few_rows(val_every=8), target_loss=target), tmp_path, tiny_data, seed=11)
+    (said,) = re.findall(r"^target.*", log.split("=" * 100)[-1], re.MULTILINE)
+    ms = next(int(line["ms"]) for line in lines_of(log) if line["kind"] == "val_loss" and line["step"] == "8")
+    seconds = float(re.fullmatch(rf"target {target} reached: in (\d+\.\d{{3}}) s at step 8", said)[1])
+    assert round(1000 * seconds) == ms > 0
 
 
 def test_the_logged_losses_are_those_of_the_steps(whole_log, tiny_data):

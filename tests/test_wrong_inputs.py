@@ -106,7 +106,10 @@ NUMBERS = [
     ("--optimizer.rules.qk-bank.lr-mul", "--optimizer.rules.qk-bank.lr-mul (): expected one number"),
     ("--optimizer.rules.pre.lr-mul 1 2", "--optimizer.rules.pre.lr-mul (1.0, 2.0): expected one number"),
     ("--optimizer.rules.head.lr-mul 1 2", "--optimizer.rules.head.lr-mul (1.0, 2.0): expected one number"),
-    ("--optimizer.rules.mlp-bank.kind adam", "--optimizer.rules.mlp-bank.lr-mul (1.0, 2.0)"),
+    (
+        "--optimizer.rules.mlp-bank.kind adam --optimizer.rules.mlp-bank.lr-mul 1 2",
+        "--optimizer.rules.mlp-bank.lr-mul (1.0, 2.0)",
+    ),
     ("--optimizer.rules.embed.kind normuon", "--optimizer.rules.embed.kind normuon is for banks of matrices"),
     ("--optimizer.rules.smear-lambda.kind muon", "smear_lambda () is none: use adam"),
     # the data
@@ -451,5 +454,5 @@ def test_run_sh_shows_what_train_gpt_refuses(tmp_path):
     command = f'"$REPO/run.sh" nano --device cpu --data-dir {tmp_path / "data"} --log-dir {tmp_path / "logs"}'
     done = shell(command, NPROC="3")
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("error: 3 processes cannot share the 1 rows of a step")
+    assert done.stderr.splitlines()[-1].startswith("error: 3 processes cannot share the 2 rows of a step")
     assert not (tmp_path / "logs").exists()

@@ -1,10 +1,12 @@
 """Throughput of the two things that a run waits for: training steps of `nano` on this CPU, and the loader of `small`.
 
     python tests/benchmarks/throughput.py [nano|loader|both] [--threads N]
+    python tests/benchmarks/throughput.py neighbour [--rows-at-once 1 --threads 2]
 
 nano: ms/step, tokens/s and the model's FLOP/s per stage, medians, beside those of a large matrix product. loader:
 seconds to the first batch and tokens/s at the batch of `small`'s last stage, on one core, from freshly written shards
-of 100M tokens with FineWeb-like document lengths.
+of 100M tokens with FineWeb-like document lengths. neighbour: a tenth of a run of `nano` alone and beside a process that
+keeps a core busy, in turn, and the ratio of the medians; with the options, as torch's own threads share a step.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -60,6 +63,28 @@ def time_nano(steps_per_stage: int = 20) -> None:
     print(f"  validation: {time.perf_counter() - began:.1f} s for {track.data.val_tokens:,} tokens")
 
 
+def time_neighbour(rows_at_once: int, turns: int = 7, steps: int = 14) -> None:
+    """Print the seconds of so many steps of `nano`, alone and beside one busy process."""
+    track, runtime = train_gpt.NANO, train_gpt.Runtime.create(train_gpt.Options(device="cpu"))
+    track = replace(track, data=replace(track.data, rows_at_once=rows_at_once))
+    trainer = train_gpt.Trainer(track, runtime, REPO / "data" / "nano", seed=0)
+    begin, load = track.schedule.total_steps // 2 & ~1, os.getloadavg()[0]
+    train = lambda: [trainer.train_step(begin + step) for step in range(steps)]
+    train()
+    quiet, busy = [], []
+    for _ in range(turns):
+        quiet.append(median_seconds(lambda _: train(), range(1)))
+        with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as neighbour:
+            time.sleep(0.2)
+            busy.append(median_seconds(lambda _: train(), range(1)))
+            neighbour.kill()
+    alone, beside = statistics.median(quiet), statistics.median(busy)
+    print(
+        f"nano, {steps} steps, {rows_at_once} rows at once, {torch.get_num_threads()} threads, load {load:.1f} before:"
+    )
+    print(f"  alone {alone:.2f} s, beside a busy process {beside:.2f} s: {beside / alone:.2f} times")
+
+
 def write_shard(path: Path, tokens: int, rng: np.random.Generator) -> None:
     """A shard of random GPT-2 tokens in documents of log-normal length, median 400."""
     header = np.zeros(train_gpt.HEADER_INTS, dtype="<i4")
@@ -100,11 +125,14 @@ def time_loader(num_shards: int = 5, shard_tokens: int = 100_000_000) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", choices=["nano", "loader", "both"], default="both")
+    parser.add_argument("what", nargs="?", choices=["nano", "loader", "both", "neighbour"], default="both")
     parser.add_argument("--threads", type=int, help="threads of torch; default: all cores")
+    parser.add_argument("--rows-at-once", type=int, default=train_gpt.NANO.data.rows_at_once, help="of neighbour")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
+    if arguments.what == "neighbour":
+        time_neighbour(arguments.rows_at_once)
     if arguments.what in ("nano", "both"):
         time_nano()
     if arguments.what in ("loader", "both"):
