@@ -22,7 +22,7 @@ TRACE = [
     "gemm\tGemmEx\tTN\t1536,49152,768\t1\t14,14,14",
     "mark\tlaunch 1000 49152x768/2 3072x768/2 49152x3072/2",
     "triton\t_linear_relu_square\t1\t1\t0\t0",
-    "mark\tlaunch 1000 49152x768/1 3072x768/1 49152x3072/2",
+    "mark\tlaunch 1000 49152x768/1 3072x768/1 49152x3072/2 /4",
     "triton\t_linear_relu_square\t1\t1\t0\t0",
     "kernel\t_ZN13pytorch_flash16flash_fwd_kernelI23Flash\t1,1,1\t1,1,1\t0\t0",
     "gemm\tltmatmul\tTN\t50304,49152,768\t1\t28,28,14",

@@ -118,7 +118,7 @@ class Reader:
         elif kind == "triton":
             moved = float(given[0])
             if name.startswith("_"):
-                shapes = [list(map(int, shape.partition("/")[0].split("x"))) for shape in given[1:]]
+                shapes = [list(map(int, re.findall(r"\d+", shape.partition("/")[0]))) for shape in given[1:]]
                 if name == "_linear_relu_square":
                     flops, part = 2.0 * shapes[0][0] * shapes[0][1] * shapes[1][0], "MLP"
                     if given[1].endswith("/1"):
