@@ -1791,6 +1791,12 @@ def fused_cross_entropy(
 FP8_SCALES = FP8_X, FP8_HEAD, FP8_GRAD = 100 / E4M3_MAX, 1.6 / E4M3_MAX, 0.75 / E4M3_MAX
 
 
+@functools.cache
+def fp8_scales(device: torch.device) -> tuple[Tensor, ...]:
+    """FP8_SCALES, 0-dim float32 each."""
+    return tuple(torch.full((), scale, dtype=torch.float32, device=device) for scale in FP8_SCALES)
+
+
 @jit
 def _cast_transposed(
     X,  # (R, C) contiguous
@@ -1880,7 +1886,7 @@ def _head_loss_op(
     sampled: Tensor | None = None,  # (S,) int64 and 0-dim, as in a Row: V is S from here on; None: the whole head
     num_targets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # loss and next-token loss, 0-dim; gradients of the loss: (T, d), (d, V)
-    loss, nll = (torch.zeros((), dtype=wide(x.dtype), device=x.device) for _ in range(2))
+    sums: list[tuple[Tensor, Tensor]] = []  # of each chunk: loss, next-token loss
     x_grad = torch.empty_like(x if need_grad else x[:0])
     chunks = range(0, x.size(0), chunk)
     adds_up = need_grad and len(chunks) > 1
@@ -1897,21 +1903,21 @@ def _head_loss_op(
             head = head[:, sampled]
     forward_head, backward_head = (head8_T.T, head8.T) if fp8 else (head, head.T)  # (d, V), (V, d)
     head_grad = x.new_zeros((len(forward_head) if adds_up else 0, forward_head.size(1)), dtype=wide(x.dtype))
-    scale_x, scale_head, scale_grad = (x.new_full((), s, dtype=torch.float32) if fp8 else None for s in FP8_SCALES)
+    scale_x, scale_head, scale_grad = fp8_scales(x.device) if fp8 else (None,) * 3
     for begin in chunks:
         positions = slice(begin, begin + chunk)
         ts, xs = targets[:, positions].contiguous(), x[positions]
         xs, xs_T = fp8_and_transpose(xs, FP8_X, fused) if fp8 else (xs, xs.T)
         logits = head_matmul(xs, forward_head, scale_x, scale_head, fast_accum=True)
         losses, nlls, grad = head_cross_entropy(logits, ts, weights, need_grad, fused, fp8, *sample)
-        loss += losses.sum()
-        nll += nlls.sum()
+        sums.append((losses.sum(), nlls.sum()))
         del logits  # in FP8 the gradient is elsewhere, and its transpose takes as much again
         if need_grad:
             head_matmul(grad, backward_head, scale_grad, scale_head, out=x_grad[positions])
             grad_T = fp8_and_transpose(grad, None, fused)[1] if fp8 else grad.T
             part = head_matmul(xs_T, grad_T.T, scale_x, scale_grad)
             head_grad = part if len(chunks) == 1 else head_grad.add_(part)
+    loss, nll = (functools.reduce(torch.add, some) for some in zip(*sums, strict=True))
     return loss, nll, x_grad, head_grad.to(head.dtype)
 
 
@@ -4016,6 +4022,19 @@ def flatten(value: object, prefix: str = "") -> dict[str, object]:
     return {k: v for name, item in items for k, v in flatten(item, f"{prefix}.{name}" if prefix else name).items()}
 
 
+def add_gradients(params: Iterable[nn.Parameter], grads: Iterable[Tensor | None]) -> None:
+    """Add to `.grad`, in one kernel for each dtype instead of one for each parameter."""
+    sums: dict[object, tuple[list[Tensor], list[Tensor]]] = {}
+    for p, grad in zip(params, grads, strict=True):
+        if grad is not None and p.grad is not None:
+            for some, one in zip(sums.setdefault((grad.dtype, grad.layout), ([], [])), (p.grad, grad), strict=True):
+                some.append(one)
+        elif grad is not None:
+            p.grad = grad if grad.is_sparse else grad.contiguous()
+    for some in sums.values():
+        torch._foreach_add_(*some)
+
+
 class Trainer:
     """The state of a run (weights, optimizer state, loader position, RNG; the loop has the clock) and its two moves."""
 
@@ -4055,26 +4074,20 @@ class Trainer:
         settings, num_rows = self.track.at(step), self.track.data.rows_per_step
         weights = self._weights(settings.prediction_weights)
         prefix_weight = self._weights((settings.prefix_weight,)) if settings.prefix_weight > 0 else None
-        total = torch.zeros((), dtype=weights.dtype, device=self.runtime.device)
-        rows, weights8 = self.loader.next(step), self.model.in_fp8()
+        rows, weights8, nlls = self.loader.next(step), self.model.in_fp8(), []
 
-        def gradients(row: Row) -> tuple[Tensor, tuple[Tensor, ...]]:
+        def gradients(row: Row) -> tuple[Tensor, tuple[Tensor | None, ...]]:
             loss, nll = self.model(row, settings, weights, prefix_weight, weights8)
-            return nll, torch.autograd.grad(loss / num_rows, self.params.values())
+            return nll, torch.autograd.grad(loss / num_rows, self.params.values(), allow_unused=True)
 
-        for nll, grads in self.pool.map(gradients, rows) if self.pool else ():
-            total += nll / settings.stage.tokens
-            for p, grad in zip(self.params.values(), grads, strict=True):  # in the order of the rows
-                p.grad = grad if p.grad is None else p.grad + grad
-        for row in rows if not self.pool else ():
-            loss, nll = self.model(row, settings, weights, prefix_weight, weights8)
-            (loss / num_rows).backward()
-            total += nll / settings.stage.tokens
+        for nll, grads in (self.pool.map if self.pool else map)(gradients, rows):  # in the order of the rows
+            nlls.append(nll)
+            add_gradients(self.params.values(), grads)
         for name in self.model.gradient_sums:
             if settings.adam_steps or self.optimizer.rules[name].is_of_matrices:
                 self.model.hand_over_gradient(name)
         self.optimizer.step(settings, {"ngram_embed": self.loader.touched})
-        return total
+        return torch.stack(nlls).sum() / settings.stage.tokens
 
     @torch.no_grad()
     def mean_loss(self, losses: list[Tensor]) -> float:

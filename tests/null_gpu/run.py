@@ -171,7 +171,7 @@ def inside(trainer: Path, results: Path, arguments: list[str]) -> None:
     marked(train_gpt.Trainer, "train_step", lambda trainer, step: f"step {step}")
     marked(train_gpt.Trainer, "validate", lambda trainer, settings, *rest, **more: f"validation {settings.step}")
     phase(train_gpt.GPT, "forward", "forward")
-    phase(torch.Tensor, "backward", "backward")
+    phase(torch.autograd, "grad", "backward")
     phase(train_gpt.Optimizer, "step", "optimizer")
     loop = train_gpt.Loop.run
 
