@@ -6,7 +6,7 @@
 
 The file reads in the order in which data flows: tracks -> hot operations, kernels -> optimizer -> model -> data -> run.
 What one asks of a track or a trained model beside the race (a text, HellaSwag, a plan, siblings) is in evals/.
-A run has five kinds of state: weights, optimizer state, loader position, random generator, clock. All else (windows,
+State is weights, optimizer state, loader position, random generator, clock, and the scales of FP8. All else (windows,
 learning rate, momentum, rotary frequencies, whether the embedding is tied, ...) is a pure function of (track, step):
 `Track.at(step)` returns it as `Settings`. The log starts with this file's text, so that it is a complete record.
 """
