@@ -967,7 +967,7 @@ E4M3_MAX = 448.0  # the largest number of FP8 e4m3
 def to_fp8(x: Tensor, largest: Tensor | float | None = None) -> tuple[Tensor, Tensor]:
     """x / scale in FP8 e4m3, and the scale, 0-dim float32. No magnitude is above `largest`; None: it is looked for.
 
-    Of a normed vector none is above the root of its length: the format keeps its precision over 5 orders of magnitude,
+    Of a normed vector none is above the root of its length: the format keeps its precision over 4 orders of magnitude,
     so that the true maximum would gain nothing, and cost a pass over the tensor.
     """
     largest = x.abs().amax().float() if largest is None else x.new_full((), largest, dtype=torch.float32)
