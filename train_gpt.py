@@ -1,7 +1,7 @@
 """The NanoGPT speedrun: train a GPT to a target validation loss in the least wall-clock time, in one file.
 
     python train_gpt.py nano            sources of two Python packages to 1.36 nats/byte; 1.31, mean of 10 seeds,
-                                        in 4.5 s on two cores of an AMD EPYC, torch 2.13.0
+                                        in 4.7 s on two cores of an AMD EPYC, torch 2.13.0
     ./run.sh small                      FineWeb to 3.28 nats/token, 1 to 8 GPUs of one or more nodes
 
 The file reads in the order in which data flows: tracks -> hot operations, kernels -> optimizer -> model -> data -> run.
@@ -855,9 +855,10 @@ def varlen_attention(q, k, v, cu_seqlens, max_seqlen, scale, window):
     )
 
 
-def document_starts(position: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Start of the document in which each position of a row lies."""
-    return cu_seqlens[torch.searchsorted(cu_seqlens, position, right=True) - 1]
+def first_keys(position: Tensor, cu_seqlens: Tensor, window: int) -> Tensor:
+    """The first key that each position of a row sees: `window` tokens back, and not before its document."""
+    document_start = cu_seqlens[torch.searchsorted(cu_seqlens, position, right=True) - 1]
+    return torch.maximum(document_start, position - window)
 
 
 def block_local_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, window: int) -> Tensor:
@@ -884,7 +885,7 @@ def composed_attention(
     """Dynamically composed heads (arXiv:2405.08553), of rank 1: a mix of all heads' attention, on each one's values."""
     if fused and window <= COMPOSED_WINDOW:
         position = torch.arange(len(q), dtype=cu_seqlens.dtype, device=q.device)
-        first = torch.maximum(document_starts(position, cu_seqlens), position - window)
+        first = first_keys(position, cu_seqlens, window)
         return torch.ops.speedrun.composed_attention(q, k, v, mix, first, scale, window)[0]
     queries, keys, values, mask = local_blocks(q, k, v, cu_seqlens, window)
     scores = (queries * scale @ keys.mT).to(wide(q.dtype)).masked_fill(~mask, -math.inf)
@@ -906,8 +907,7 @@ def local_blocks(
     end = num_blocks * block - T  # padding after the row
 
     position = torch.arange(T + end, dtype=cu_seqlens.dtype, device=q.device)
-    document_start = document_starts(position, cu_seqlens)
-    first_key = torch.maximum(document_start, position - window).view(num_blocks, block, 1)
+    first_key = first_keys(position, cu_seqlens, window).view(num_blocks, block, 1)
     key = F.pad(position, (back, 0), value=-1).unfold(0, back + block, block)[:, None]  # (num_blocks, 1, keys)
     mask = (key >= first_key) & (key <= position.view(num_blocks, block, 1))
 
@@ -1881,7 +1881,7 @@ def _head_loss_op(
     chunk: int,  # positions whose logits exist at a time
     need_grad: bool,
     fused: bool,
-    head8: Tensor | None,  # (d, V) and (V, d) of `GPT.fp8_head`; None: no FP8
+    head8: Tensor | None,  # (d, V) and (V, d) of `Weights8`; None: no FP8
     head8_T: Tensor | None,
     sampled: Tensor | None = None,  # (S,) int64 and 0-dim, as in a Row: V is S from here on; None: the whole head
     num_targets: Tensor | None = None,

@@ -617,11 +617,3 @@ def test_an_update_is_compiled_once_per_shape(monkeypatch):
     assert counters["stats"]["unique_graphs"] - before == 2, "one of the bank, one of the gates"
     for plain, compiled in zip(*masters, strict=True):
         np.testing.assert_allclose(compiled, plain, rtol=1e-5, atol=1e-6)
-
-
-# ---- when the sums over the ranks start ----
-
-
-class NoWait:
-    def wait(self) -> None:
-        pass
