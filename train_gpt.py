@@ -2592,15 +2592,17 @@ class GPT(nn.Module):
         return [F.embedding(tokens, table, sparse=name == self.sparse_table) for table in self.matrices(name)]
 
     @torch.no_grad()
-    def hand_over_gradient(self, name: str) -> None:
-        """Make `.grad` of a parameter what was added to its sums since the last call."""
-        p, sums = getattr(self, name), self.gradient_sums[name]
-        p.grad = torch.empty_like(p)
-        grads = p.grad.view(-1, *p.shape[-2:])
-        grads[len(sums) :].zero_()  # padding
-        for grad, total in zip(grads, sums, strict=False):
-            grad.copy_(total)
-            total.zero_()
+    def hand_over_gradients(self, is_due: Callable[[str], bool] = lambda name: True) -> None:
+        """Make `.grad` of parameters that have sums what was added to these since the last call."""
+        for name, sums in self.gradient_sums.items():
+            if is_due(name):
+                p = getattr(self, name)
+                p.grad = torch.empty_like(p)
+                grads = p.grad.view(-1, *p.shape[-2:])
+                grads[len(sums) :].zero_()  # padding
+                for grad, total in zip(grads, sums, strict=False):
+                    grad.copy_(total)
+                    total.zero_()
 
     @torch.no_grad()
     def in_fp8(self) -> Weights8:
@@ -4083,9 +4085,8 @@ class Trainer:
         for nll, grads in (self.pool.map if self.pool else map)(gradients, rows):  # in the order of the rows
             nlls.append(nll)
             add_gradients(self.params.values(), grads)
-        for name in self.model.gradient_sums:
-            if settings.adam_steps or self.optimizer.rules[name].is_of_matrices:
-                self.model.hand_over_gradient(name)
+        rules = self.optimizer.rules
+        self.model.hand_over_gradients(lambda name: settings.adam_steps or rules[name].is_of_matrices)
         self.optimizer.step(settings, {"ngram_embed": self.loader.touched})
         return torch.stack(nlls).sum() / settings.stage.tokens
 

@@ -93,8 +93,7 @@ def loss_and_gradients(runtime: Runtime) -> tuple[float, dict[str, torch.Tensor]
     row = make_row(1024, [0, 300, 301, 900], CONFIG).to(runtime)
     loss, _ = model(row, settings, *weights)
     loss.backward()
-    for name in model.gradient_sums:
-        model.hand_over_gradient(name)
+    model.hand_over_gradients()
     return float(loss), {name: p.grad.double().cpu() for name, p in model.named_parameters()}
 
 

@@ -620,8 +620,7 @@ def test_a_row_with_a_sample_trains_on_it_and_validates_on_everything(monkeypatc
         model.zero_grad()
         loss, nll = model(row, at, weights[:2], weights[2:])
         loss.backward()
-        for name in model.gradient_sums:
-            model.hand_over_gradient(name)
+        model.hand_over_gradients()
         with torch.no_grad():
             assert model(row, at, weights[:1])[1].item() == pytest.approx(validated, rel=1e-12)
         return loss.item(), nll.item(), model.head.grad.clone()
@@ -655,7 +654,6 @@ def test_compiled_passes_add_up_the_gradients_of_large_parameters(monkeypatch):
         for seed in (2 * step, 2 * step + 1):
             for model in (plain, compiled):
                 model(make_row(64, [0, 20], config, seed), settings, weights)[0].backward()
-        for name in compiled.gradient_sums:
-            compiled.hand_over_gradient(name)
+        compiled.hand_over_gradients()
         for (name, p), expected in zip(compiled.named_parameters(), plain.parameters(), strict=True):
             assert error(p.grad, expected.grad) < 1e-12, (step, name)

@@ -45,8 +45,7 @@ def main() -> None:
             with record_function("backward"):
                 loss.backward()
         with record_function("optimizer"):
-            for name in model.gradient_sums:
-                model.hand_over_gradient(name)
+            model.hand_over_gradients()
             optimizer.step(settings)
         runtime.synchronize()
 

@@ -123,8 +123,7 @@ def time_steps(track: Track, options: argparse.Namespace, runtime: Runtime) -> l
             weights8 = model.in_fp8()
             for row in rows:
                 (model(row, settings, *weights, weights8)[0] / track.data.rows_per_step).backward()
-            for name in model.gradient_sums:
-                model.hand_over_gradient(name)
+            model.hand_over_gradients()
 
         began = time.perf_counter()
         train()
