@@ -760,7 +760,7 @@ NANO = Track(
         val_row_tokens=16_384,
     ),
     schedule=Schedule(
-        scheduled_steps=146,
+        scheduled_steps=106,
         extension_steps=4,
         stages=(
             Stage(768, (64, 192), 1.0, ((1.0, 1.0),)),
@@ -769,9 +769,9 @@ NANO = Track(
         ),
         extension=Stage(2048, (64, 384), 0.1, ((1.0, 1.0),)),
         final_long_window=512,
-        attn_scale=0.2,  # heads half as wide as those of `small`
+        attn_scale=0.15,  # heads half as wide as those of `small`
         cooldown=0.5,
-        final_lr=0.1,
+        final_lr=0.2,
         momentum_steps=(60, 30),
     ),
     optimizer=OptimizerConfig(
