@@ -5,6 +5,8 @@ import json
 import os
 import random
 import re
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import pairwise, product
 from pathlib import Path
@@ -28,6 +30,7 @@ from train_gpt import (
     Stage,
     Track,
     check_numbers,
+    of_each,
     prefix_tokens,
     read_token_bytes,
     require_rows,
@@ -573,6 +576,20 @@ def test_validation_predicts_the_first_val_tokens_once_each(shards, part, val_ro
         assert cu[: len(starts)] == starts and set(cu[len(starts) :]) == {n}
         assert max(np.diff(cu)) <= row.max_seqlen
         check_ngrams(row, [row.inputs[a:b].tolist() for a, b in pairwise([*starts, n])], n)
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3])
+def test_rows_on_threads_come_in_their_order_and_so_many_are_begun(at_once):
+    """Catches: the order in which threads are done, a row that is left out, and hundreds of rows of a long validation
+    that would all be begun, and have to end, before a signal is seen."""
+    made = []
+    rows = (made.append(i) or i for i in range(7))
+    with ThreadPoolExecutor(at_once) as pool:
+        found = of_each(rows, lambda i: (time.sleep((7 - i) / 200), 10 * i)[1], pool, at_once)
+        for i in range(7):
+            assert next(found) == 10 * i
+            assert len(made) <= i + at_once
+    assert list(found) == [] and list(of_each(range(3), str)) == ["0", "1", "2"]
 
 
 def test_too_few_validation_tokens_are_counted_in_the_message(tmp_path):
