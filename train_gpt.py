@@ -341,11 +341,11 @@ class Rule:
     lr_mul: tuple[float, ...] = (1.0,)
     """Multiplies the learning rate; in a bank several values repeat along its matrices (fc, proj, fc, proj, ...)."""
     wd_mul: float = 1.0
-    """Multiplies the weight decay."""
+    """Multiplies the weight decay, of which Adagrad has none."""
     betas: tuple[float, float] = (0.9, 0.99)
     """Adam's decay rates of the running mean and mean square of the gradient."""
     eps: float = 1e-10
-    """Adam's guard against division by zero."""
+    """Guard of Adam and Adagrad against division by zero."""
 
     @property
     def is_of_matrices(self) -> bool:
@@ -514,8 +514,9 @@ class DataConfig:
     val_row_tokens: int
     """Tokens per row of the validation stream."""
     rows_at_once: int = 1
-    """Rows that a process on a CPU computes at the same time, each from end to end on a thread of its own. At
-    1 torch shares each operation among its threads, and waits for them a thousand times per step."""
+    """Rows that a process on a CPU computes at the same time, each from end to end on one of its threads, of a step no
+    more than it has. At 1 torch shares each operation among its threads, and waits for them a thousand times per step.
+    """
     epochs: int = 1
     """How many times the training shards are read, one after the other; records read them once."""
 
@@ -2192,9 +2193,12 @@ class Optimizer:
                 f"{option}.lr-mul {rule.lr_mul}: expected one number (of a bank under NorMuon, one or more)."
             )
         if rule.sharded and (p.numel() if adam else len(p)) % world:
+            other = (
+                "another width or vocabulary padding (--model.vocab-multiple)" if adam else "other --model.ngram-rows"
+            )
             raise SpeedrunError(
-                f"{world} processes cannot cut {name} {tuple(p.shape)} into equal pieces: use fewer, another width or "
-                f"vocabulary padding (--model.vocab-multiple), or {option}.no-sharded."
+                f"{world} processes cannot cut {name} {tuple(p.shape)} into equal pieces: use fewer, {other}, or "
+                f"{option}.no-sharded."
             )
 
     def piece(self, name: str, tensor: Tensor) -> Tensor:
@@ -2652,7 +2656,7 @@ class GPT(nn.Module):
         how = chunk, training, runtime.fused, weights8.head, weights8.head_T, *sample
         (head,) = self.accumulated("head")
         loss, nll, _, _ = torch.ops.speedrun.head_loss(x, head, torch.stack(ahead), weights, *how)
-        return loss, nll
+        return loss, nll.detach()
 
     def hidden(self, row: Row, context: Context, weights8: Weights8 = NO_FP8) -> Tensor:  # (T, d)
         """The normed stream from which the head predicts."""
@@ -3907,6 +3911,7 @@ class RunLog:
         resumed: Progress | None = None,
     ):
         self.file, self.tracker, self.total_steps = None, None, total_steps
+        self.written = ""  # before a resume, and what is to be written once
         self.event = dict(resumed.event) if resumed else {}
         self.run_id = resumed.run_id if resumed else new_run_id(name, runtime)
         self.path = log_dir / f"{self.run_id}.txt"
@@ -3924,6 +3929,7 @@ class RunLog:
                 self.tracker = open_tracker(track_with, log_dir, self.run_id, settings)
             self.file = LineFile(self.path, resumed and resumed.log_bytes)
             self.metrics = LineFile(metrics, resumed and resumed.metrics_bytes)
+            self.written = self.path.read_text(encoding="utf-8") if resumed else ""
         except OSError as error:
             raise SpeedrunError(f"{self.path}: cannot write the log ({error.strerror}); see --log-dir.") from error
         if os.environ.get("TRAIN_GPT_LOG_PATH_FILE"):
@@ -3941,7 +3947,8 @@ class RunLog:
 
     def write_once(self, what: str, how: str) -> None:
         """A line that the log does not have yet, which the part before a resume may have written."""
-        if self.file is not None and f"\n{what}: " not in self.path.read_text(encoding="utf-8"):
+        if f"\n{what}: " not in self.written:
+            self.written += f"\n{what}: "
             self.write(f"{what}: {how}")
 
     def say(self, line: str) -> None:
@@ -4055,8 +4062,6 @@ def add_gradients(params: Iterable[nn.Parameter], grads: Iterable[Tensor | None]
 class Trainer:
     """The state of a run (weights, optimizer state, loader position, RNG; the loop has the clock) and its two moves."""
 
-    pool: ThreadPoolExecutor | None = None  # where rows are computed at the same time
-
     def __init__(self, track: Track, runtime: Runtime, data_dir: Path, seed: int):
         self.track, self.runtime = track, runtime
         torch.manual_seed(seed)
@@ -4065,10 +4070,11 @@ class Trainer:
             self.model.sparse_table = "ngram_embed"
         self.params = dict(self.model.named_parameters())
         in_turn = runtime.device.type != "cpu" or runtime.world_size > 1 or runtime.compile
-        if track.data.rows_at_once > 1 and not in_turn:
+        self.at_once = 1 if in_turn else min(track.data.rows_at_once, track.data.rows_per_step, runtime.threads)
+        self.pool: ThreadPoolExecutor | None = None  # where rows are computed at the same time
+        if self.at_once > 1:
             torch.set_num_threads(1)
-            no_denormals = functools.partial(torch.set_flush_denormal, True)
-            self.pool = ThreadPoolExecutor(track.data.rows_at_once, "rows", no_denormals)
+            self.pool = ThreadPoolExecutor(self.at_once, "rows", torch.set_flush_denormal, (True,))
         self.optimizer = Optimizer(self.params, track.optimizer, runtime, self.pool)
         self.loader = Loader(track, data_dir, runtime, seed)
         self.validation_tokens, self.other_data = validation_tokens(track, data_dir)
@@ -4097,7 +4103,7 @@ class Trainer:
             loss, nll = self.model(row, settings, weights, prefix_weight, weights8)
             return nll, torch.autograd.grad(loss / num_rows, self.params.values(), allow_unused=True)
 
-        for nll, grads in of_each(rows, gradients, self.pool, self.track.data.rows_at_once):
+        for nll, grads in of_each(rows, gradients, self.pool, self.at_once):
             nlls.append(nll)
             add_gradients(self.params.values(), grads)
         rules = self.optimizer.rules
@@ -4140,7 +4146,7 @@ class Trainer:
         weights, hidden = self._weights((1.0,)), self.runtime.rank > 0 or None
         rows = itertools.islice(validation_rows(self.track, self.validation_tokens, self.runtime), max_rows)
         nll_of = torch.no_grad()(lambda row: self.model(row, settings, weights)[1])  # each thread has its own mode
-        nlls = of_each(rows, nll_of, self.pool, self.track.data.rows_at_once)
+        nlls = of_each(rows, nll_of, self.pool, self.at_once)
         each = -(-self.track.data.val_tokens // self.track.data.val_row_tokens) / self.runtime.world_size
         bar = tqdm(nlls, "validation", math.ceil(each), unit="row", delay=5, leave=False, disable=hidden)
         for i, nll in enumerate(bar):
@@ -4775,7 +4781,8 @@ def main(command: Callable[[list[str]], None] = run) -> None:
     except Exception:
         traceback.print_exc()
         code = 1
-    if code and world_size > 1:  # at once: to close the process group could wait for other ranks that never come
+    # At once: threads would end their rows first, and the process group could wait for ranks that never come.
+    if code and (world_size > 1 or code == 130):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -1,6 +1,6 @@
 """Trains a small sibling of a track: its width and depth multiplied, its recipe kept.
 
-    python evals/sibling.py nano --width 0.5 --depth 0.5 --seed 1
+    python evals/sibling.py nano --width 0.5 --seed 1
     torchrun --nproc-per-node 2 evals/sibling.py small --width 1/3 --data-dir data/rehearsal
 
 All other words are those of train_gpt.py; numbers given there override the sibling's. The log names all numbers.

@@ -7,6 +7,7 @@ logs of their time) and the digests of every form that the code which reads data
 from __future__ import annotations
 
 import ast
+import builtins
 import hashlib
 import json
 import re
@@ -226,21 +227,31 @@ def unaccepted(tree: ast.Module, forms: list[Form]) -> Iterator[str]:
 
     closest = min(reversed(forms), key=lambda form: len([*differences(form)]))  # of several the latest
     yield from differences(closest)
+    yield from (f"{name} of Python is defined anew" for name in sorted(found.keys() & {*dir(builtins)}))
     yield from replaced(tree, {*closest.digests})
 
 
 def replaced(tree: ast.Module, names: set[str]) -> Iterator[str]:
-    """Other ways to replace what `names` or Trainer.validate stand for: attributes, `global`, derived classes."""
+    """Other ways to replace what `names`, Trainer.validate or Python's own names in them stand for.
+
+    Attributes, also of modules, `global`, derived classes, globals(). Not every way: a person reads a submission.
+    """
     for node in ast.walk(tree):
         match node:
             case ast.Global() if names & {*node.names}:
                 reason = f"global {', '.join(node.names)}"
-            case ast.Attribute(ctx=ast.Store()) if node.attr == "validate" or last_name(node.value) in names:
+            case ast.Attribute(ctx=ast.Store()) if (
+                node.attr == "validate"
+                or last_name(node.value) in names
+                or (node.attr in names and ast.unparse(node.value) != "self")  # self.validation_tokens is a field
+            ):
                 reason = f"{ast.unparse(node)} is assigned"
-            case ast.Call(func=ast.Name("setattr"), args=[owner, *others]) if last_name(
-                owner
-            ) in names or "'validate'" in map(ast.unparse, others):
+            case ast.Call(func=ast.Name("setattr"), args=[owner, name, *_]) if last_name(owner) in names or getattr(
+                name, "value", None
+            ) in {*names, "validate"}:
                 reason = "setattr"
+            case ast.Subscript(ctx=ast.Store(), value=ast.Call(func=ast.Name("globals" | "vars" as place))):
+                reason = f"{place}() is assigned to"
             case ast.ClassDef(bases=bases) if names & {*map(last_name, bases)}:
                 reason = f"class {node.name} derives from {', '.join(map(last_name, bases))}"
             case ast.ClassDef(body=body) if node.name != "Trainer" and any("validate" in bound_names(s) for s in body):

@@ -80,7 +80,8 @@ def test_rows_computed_at_once_train_as_one_after_the_other(tiny_data, kind):
         track = tiny_track(rows_per_step=4)
         rules = replace(track.optimizer.rules, ngram_embed=Rule(kind, sharded=True, lr_mul=(5.0,)))
         optimizer, data = replace(track.optimizer, rules=rules), replace(track.data, rows_at_once=at_once)
-        trainer = Trainer(replace(track, optimizer=optimizer, data=data), cpu(torch.bfloat16), tiny_data, seed=3)
+        track, runtime = replace(track, optimizer=optimizer, data=data), replace(cpu(torch.bfloat16), threads=2)
+        trainer = Trainer(track, runtime, tiny_data, seed=3)
         assert (trainer.pool is not None) == (at_once == 2)
         losses = steps(trainer, 0, 16)
         found.append((losses, trainer.validate(track.validation_at(16)), trainer.state()))
@@ -340,6 +341,37 @@ def test_the_log_names_the_first_validation_at_the_target(whole_log, tiny_data, 
     ms = next(int(line["ms"]) for line in lines_of(log) if line["kind"] == "val_loss" and line["step"] == "8")
     seconds = float(re.fullmatch(rf"target {target} reached: in (\d+\.\d{{3}}) s at step 8", said)[1])
     assert round(1000 * seconds) == ms > 0
+
+
+@pytest.mark.parametrize(("rows", "threads", "at_once"), [(1, 2, 1), (4, 1, 1), (4, 2, 2), (2, 8, 2)])
+def test_rows_have_as_many_threads_as_a_step_has_rows_and_the_process_threads(tiny_data, rows, threads, at_once):
+    """Catches: two threads where the process was given one, and half of them idle where a step has one row."""
+    track, before = tiny_track(rows_per_step=rows), torch.get_num_threads()
+    track = replace(track, data=replace(track.data, rows_at_once=2))
+    try:
+        trainer = Trainer(track, replace(cpu(), threads=threads), tiny_data, seed=3)
+        assert trainer.at_once == at_once and (trainer.pool is not None) == (at_once > 1)
+        assert torch.get_num_threads() == (1 if at_once > 1 else before)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows keeps open files where they are")
+def test_a_log_that_is_moved_away_loses_nothing(tiny_data, tmp_path, monkeypatch):
+    """Catches: a run that opens its log by name again, and dies of that after its last step."""
+    track = replace(few_rows(scheduled_steps=3, extension_steps=1), target_loss=99.0)
+    original = Trainer.train_step
+
+    def train_step(self, step: int):
+        for path in tmp_path.glob("*.txt"):
+            path.rename(path.with_suffix(".moved"))
+        return original(self, step)
+
+    monkeypatch.setattr(Trainer, "train_step", train_step)
+    options = Options(data_dir=tiny_data, log_dir=tmp_path, sample_tokens=0, warmup=False, export=tmp_path / "export")
+    train(track, options, cpu())
+    (moved,) = tmp_path.glob("*.moved")
+    assert "\ntarget 99.0 reached: " in moved.read_text() and (tmp_path / "export" / "model.safetensors").exists()
 
 
 def test_the_logged_losses_are_those_of_the_steps(whole_log, tiny_data):

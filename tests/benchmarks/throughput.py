@@ -43,11 +43,11 @@ def median_seconds(work: Callable[[int], object], times: range) -> float:
 def time_nano(steps_per_stage: int = 20) -> None:
     """Print the median step of each stage of `nano`, and of one validation pass."""
     track, runtime = train_gpt.NANO, train_gpt.Runtime.create(train_gpt.Options(device="cpu"))
+    print(f"nano, {train_gpt.cpu_name()}, {runtime.threads} threads, {runtime.dtype}")
+    weighted, matrix = 0.0, torch.rand(2048, 2048, dtype=runtime.dtype)
+    peak = 2 * 2048**3 / median_seconds(lambda _: matrix @ matrix, range(9))  # before rows have a thread each
     trainer = train_gpt.Trainer(track, runtime, REPO / "data" / "nano", seed=0)
     trainer.warm_up(track.schedule.total_steps)
-    print(f"nano, {train_gpt.cpu_name()}, {torch.get_num_threads()} threads, {runtime.dtype}")
-    weighted, matrix = 0.0, torch.rand(2048, 2048, dtype=runtime.dtype)
-    peak = 2 * 2048**3 / median_seconds(lambda _: matrix @ matrix, range(9))
     print(f"  matrix product: {peak / 1e9:.0f} GFLOP/s")
     for stage, steps in track.schedule.parts():
         median, tokens = median_seconds(trainer.train_step, steps[:steps_per_stage]), stage.tokens
@@ -79,9 +79,7 @@ def time_neighbour(rows_at_once: int, turns: int = 7, steps: int = 14) -> None:
             busy.append(median_seconds(lambda _: train(), range(1)))
             neighbour.kill()
     alone, beside = statistics.median(quiet), statistics.median(busy)
-    print(
-        f"nano, {steps} steps, {rows_at_once} rows at once, {torch.get_num_threads()} threads, load {load:.1f} before:"
-    )
+    print(f"nano, {steps} steps, {rows_at_once} rows at once, {runtime.threads} threads, load {load:.1f} before:")
     print(f"  alone {alone:.2f} s, beside a busy process {beside:.2f} s: {beside / alone:.2f} times")
 
 
