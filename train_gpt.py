@@ -1175,7 +1175,7 @@ def _norm_rotary(
     group = tl.program_id(1) % G
     cols = tl.arange(0, D // 2)[None, :]
     other = cols ^ 1  # of the pair of dims
-    inside = (t < T) & (cols < D)
+    inside = t < T
     still = t + is_key * OFFSET  # the token to which the dims that stand go
     whole = inside & (still < T)
     own = inside & (t == 0) & (still > t)  # the first token keeps its own, too
@@ -1399,7 +1399,7 @@ def _composed_heads_keys(
         t = begin + step * BLOCK + tl.arange(0, BLOCK)
         first = tl.load(FIRST + t, mask=t < T, other=T)
         near = (t < T) & (first < begin + KEYS)
-        seen = (keys[:, None] >= first[None, :]) & (keys[:, None] <= t[None, :]) & (t[None, :] < T)
+        seen = (keys[:, None] >= first[None, :]) & (keys[:, None] <= t[None, :])
         rows = t.to(tl.int64)[:, None] * (H * D) + h * D + dims
         at = t.to(tl.int64)[None, :] * TILE + keys[:, None] % TILE  # where not seen, another key's
         out_grad = tl.load(OUT_GRAD + rows, mask=near[:, None], other=0.0)
@@ -1754,6 +1754,7 @@ def _cross_entropy(
             tl.store(nlls + t, tl.where(target >= 0, log_sum - picked, 0.0))
     tl.store(losses + t, loss)
     if GRAD:
+        tl.debug_barrier()  # the gradient may be written over logits, of which all warps have read those of the targets
         for begin in range(0, V, BLOCK):
             cols = begin + tl.arange(0, BLOCK)
             z = 23.0 * tl.sigmoid((tl.load(logits + cols, mask=cols < V, other=0.0).to(tl.float32) + 5.0) / 7.5)
@@ -1894,9 +1895,9 @@ def _head_loss_op(
     fp8, sample = head8 is not None, ()
     if sampled is not None:
         sample = num_targets, head.size(1)
-        place = sampled.new_full((head.size(1),), -1)
+        place = sampled.new_full((head.size(1) + 1,), -1)  # the last for those that are -1 already
         place[sampled] = torch.arange(len(sampled), device=x.device)
-        targets = torch.where(targets < 0, targets, place[targets.clamp_min(0)])
+        targets = place[targets]
         if fp8:  # byte by byte: indexing knows no FP8
             head8_T = head8_T.view(torch.uint8)[sampled].view(head8_T.dtype)
             head8 = fp8_and_transpose(head8_T, None, fused)[1]
@@ -2604,9 +2605,8 @@ class GPT(nn.Module):
                 p.grad = torch.empty_like(p)
                 grads = p.grad.view(-1, *p.shape[-2:])
                 grads[len(sums) :].zero_()  # padding
-                for grad, total in zip(grads, sums, strict=False):
-                    grad.copy_(total)
-                    total.zero_()
+                torch._foreach_copy_(list(grads[: len(sums)]), sums)
+                torch._foreach_zero_(sums)
 
     @torch.no_grad()
     def in_fp8(self) -> Weights8:
@@ -2786,14 +2786,16 @@ class GPT(nn.Module):
         # Paired heads: (T, H, D) is read as 2T positions of H/2 heads, head h at 2t and head h + H/2 at 2t + 1.
         G = 2 if layer.paired else 1
         cos, sin = (table.view(T, G, D) for table in context.rotary[G - 1])
-        q, k = normed_and_rotated(qk, cos, sin, layer.long and self.config.key_offset, self.runtime.fused)
+        fused = self.runtime.fused and D & (D - 1) == 0  # blocks of Triton are powers of two
+        q, k = normed_and_rotated(qk, cos, sin, layer.long and self.config.key_offset, fused)
         q, k, v = (x.reshape(G * T, H // G, D) for x in (q, k, v))
         cu_seqlens, max_seqlen = G * row.cu_seqlens, G * row.max_seqlen
         window = context.windows[1] if layer.long else context.windows[0]
         y = self.attention(q, k, v, cu_seqlens, max_seqlen, context.attn_scale, window).reshape(T, H, D)
         if dc_in is not None:
             mix = F.rms_norm(dc_in.to(wide(dc_in.dtype)), (H,), eps=1e-6).to(dc_in.dtype).expand(T, H)
-            arguments = cu_seqlens, context.attn_scale, self.config.dc_window - 1, self.runtime.fused
+            # Its products take at least 16 dims, and of 256 the shared memory has no room.
+            arguments = cu_seqlens, context.attn_scale, self.config.dc_window - 1, fused and 16 <= D <= 128
             composed = self.composed_attention(q, k, v, mix, *arguments)
             y = add_weighted(y, dc_out[..., None], composed)
         return y
@@ -4212,6 +4214,8 @@ class Trainer:
                 torch.set_rng_state(whole)
                 continue
             if name == "mlp_scale":  # (ranks, L); at another number of them the largest of all
+                if whole.size(1) != len(self.model.mlp_scale):
+                    raise CheckpointError(f"{checkpoint.folder}: {name} does not fit this model.")
                 same = len(whole) == self.runtime.world_size
                 self.model.mlp_scale.copy_(whole[self.runtime.rank] if same else whole.amax(0))
                 continue

@@ -223,6 +223,13 @@ def test_another_track_or_seed_is_refused_unless_forced(tiny_data, undisturbed, 
     assert f"with --force: {said}" in next((tmp_path / "logs").glob("*.txt")).read_text()
 
 
+@pytest.mark.parametrize("change", [["--model.num-layers", "6"], ["--model.head-dim", "32"]])
+def test_a_model_of_another_size_is_refused_even_if_forced(tiny_data, undisturbed, tmp_path, change):
+    until_step(tmp_path, undisturbed, 10)
+    with pytest.raises(CheckpointError, match="does not fit this model"):
+        run(tiny_data, tmp_path, *change, "--force")
+
+
 def test_other_data_are_refused_and_a_log_says_which_were_read(tiny_data, undisturbed, tmp_path):
     """Catches: a run that goes on with other bytes without a word; a log that does not say what was read. Of the
     shards that were not opened yet, any may come."""

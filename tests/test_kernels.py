@@ -703,9 +703,11 @@ def test_torch_accepts_the_operators():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="float32 in the interpreter")
-def test_a_whole_model_on_kernels_equals_the_plain_one():
-    """Catches a kernel called with the wrong operands by the model: loss, gradients, and an optimizer step."""
-    config = replace(SMALL.model.stretched(4), vocab_size=257, num_heads=2, head_dim=16, ngram_rows=97, ngram_signs=5)
+@pytest.mark.parametrize("D", [16, 24])
+def test_a_whole_model_on_kernels_equals_the_plain_one(D):
+    """Catches a kernel called with the wrong operands by the model (loss, gradients, an optimizer step), and with heads
+    that are no power of two, which its blocks have to be."""
+    config = replace(SMALL.model.stretched(4), vocab_size=257, num_heads=2, head_dim=D, ngram_rows=97, ngram_signs=5)
     row = make_row(48, [0, 11, 30], config)
     settings = replace(SMALL, model=config).at(1)
     weights = torch.tensor(settings.prediction_weights), torch.tensor([settings.prefix_weight])
