@@ -426,6 +426,8 @@ def elementwise_bytes(line: list[str]) -> int:
     operands = re.search(r"arrayIPcLm(\d)E", name)
     sizes = (("[Ff]loat8", 1), (r"BFloat16|FunctorIs", 2), (r"Idd|UldE|UlmE|UllE|FunctorI[dml]E", 8))
     size = next((size for pattern, size in sizes if re.search(pattern, name)), 4)
+    if lists := re.search(r"multi_tensor_apply.*MetadataILi(\d)E", name):  # a block for every 65,536 numbers
+        return blocks(line) * 65536 * (int(lists[1]) + ("BinaryOpList" in name)) * size
     return int(line[5]) * (int(operands[1]) if operands else 2) * size
 
 
