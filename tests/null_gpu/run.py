@@ -69,6 +69,7 @@ CASES: dict[str, tuple[int, int, list[str]]] = {  # compute capability, ranks, t
     "sm_120": (120, 1, FIRST_STAGE),
     "ranks_2": (90, 2, [*SHORT, *ROW_EACH]),
     "sampled": (90, 1, [*FIRST_STAGE, "--model.sampled-vocab", "16384"]),
+    "heads_of_96": (90, 1, [*FIRST_STAGE, "--model.head-dim", "96"]),
 }
 
 
