@@ -137,7 +137,7 @@ def test_the_command_takes_options_of_the_track_and_of_its_sibling(capsys):
         ["nano", "--width", "0.5", "--model.num-layers", "3", "--dtype", "float32", "--tokens-per-second", "24576"]
     )
     out = capsys.readouterr().out
-    assert "W = 1: 0:00:07 at 24,576 tokens/s" in out and "170,240 tokens" in out
+    assert "W = 1: 0:00:05 at 24,576 tokens/s" in out and "125,696 tokens" in out
     assert f"{4 * 3 * 64**2 + 2 * 3 * 64 * 64 * NANO.model.mlp_ratio:,} of them in matrices" in out
     with pytest.raises(SpeedrunError, match="vocab-multiple: found 0"):
         print_plan(["nano", "--model.vocab-multiple", "0"])
